@@ -1,0 +1,39 @@
+"""Errors a user can meet. Each message says what was found, what was expected and what to do."""
+
+__all__ = [
+    "EngineError",
+    "FasttraceError",
+    "ModelError",
+    "NumericsError",
+    "PlanError",
+    "PromptError",
+    "StoreError",
+]
+
+
+class FasttraceError(ValueError):
+    """Base of all errors that fasttrace raises on purpose."""
+
+
+class PromptError(FasttraceError):
+    """The prompt, its subject or its target cannot be traced."""
+
+
+class PlanError(FasttraceError):
+    """The sweep is not one: an unknown stream, a window below 1, an edit outside the prompt."""
+
+
+class ModelError(FasttraceError):
+    """The model cannot be loaded, or is not a decoder-only language model that fasttrace knows."""
+
+
+class EngineError(FasttraceError):
+    """An engine cannot run this model, or its self-check found wrong numbers."""
+
+
+class NumericsError(FasttraceError):
+    """The forward pass produced inf or NaN."""
+
+
+class StoreError(FasttraceError):
+    """A result cannot be written to, or read from, the given place."""
