@@ -1,20 +1,262 @@
-"""Cells to edits to a Plan (being written)."""
+"""Cells to a Plan: per-block index tables that run a whole sweep in one forward pass.
+
+The planner is a small compiler. It needs counts, not a model; its output is plain numpy data. Passes 1 to 3
+drop edits that change nothing (`edits.py`). Passes 4 to 7 are here, and all are exact:
+
+4. late start: a row is forked from its parent at the first block whose computation its edits change;
+5. suffix only: a row holds the tokens from its first edited position on; earlier ones are the base row's;
+6. shared prefixes: cells whose edits agree up to a block are one row until there;
+7. thrown-away work: an MLP output that is replaced, or never read, is not computed.
+
+The pack of a block is a list of tokens. The base rows come first, whole: the clean run, then one corrupted run
+per noise sample. Restored rows follow, sorted by (first position, sample), so that equal shapes are neighbours.
+"""
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+
+from fasttrace.cells import Cell
+from fasttrace.edits import ATTENTION, MLP, RESIDUAL, EditTable, Shape, effective_edits
+
+Layout = Literal["suffix", "full"]
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What a sweep costs, summed over its passes and samples; base rows (clean, corrupted) are left out.
+class Group:
+    """Neighbouring rows that hold the same positions: a rectangle [row, n_positions - first] of tokens.
 
     Attributes:
-        rows: restored rows that reach the readout.
-        token_blocks: one block computed for one token of a restored row counts 1 (attention 1/3, MLP 2/3).
-        full_token_blocks: the same if every cell were one full row of the prompt.
-        flops: floating-point operations of all matmuls, base rows and head included.
+        first: first position the rows hold; the keys before it are the base row's.
+        start: index of the group's first token in the pack.
+        base: [row] the base row of each row.
     """
 
-    rows: int
-    token_blocks: float
-    full_token_blocks: float
-    flops: int
+    first: int
+    start: int
+    base: np.ndarray
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """Index tables of one block; tokens are counted in this block's pack unless said otherwise.
+
+    Attributes:
+        source: [token] index in the previous block's pack (the base rows for block 0); None: unchanged.
+        origin: [token] the base token at the same position, `base row * n_positions + position`.
+        groups: the pack as rectangles, in order, base rows included.
+        attention_to, attention_from: attention outputs to overwrite, and the tokens they are taken from.
+        mlp_to, mlp_from: the same for MLP outputs.
+        mlp_keep: tokens whose MLP output is computed; None: all.
+        mlp_spread: [token] where its MLP output stands among the kept ones, edits applied; None with mlp_keep.
+    """
+
+    source: np.ndarray | None
+    origin: np.ndarray
+    groups: tuple[Group, ...]
+    attention_to: np.ndarray
+    attention_from: np.ndarray
+    mlp_to: np.ndarray
+    mlp_from: np.ndarray
+    mlp_keep: np.ndarray | None
+    mlp_spread: np.ndarray | None
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in this block's pack."""
+        return len(self.origin)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep, compiled for one shape.
+
+    Attributes:
+        shape: what it was compiled for.
+        layout: "suffix" (rows hold the tokens from their first edit on) or "full" (whole prompts).
+        blocks: the tables, one set a block.
+        last_tokens: [sample, row] the last token of each restored row, in the last block's pack.
+        cell_row: [cell] the row of each cell, or CORRUPTED_CELL, or CLEAN_CELL.
+    """
+
+    shape: Shape
+    layout: Layout
+    blocks: tuple[BlockPlan, ...]
+    last_tokens: np.ndarray
+    cell_row: np.ndarray
+
+    @property
+    def peak_tokens(self) -> int:
+        """Tokens of the largest pack."""
+        return max(block.n_tokens for block in self.blocks)
+
+
+@lru_cache(maxsize=32)
+def plan_cells(shape: Shape, cells: tuple[Cell, ...], layout: Layout = "suffix") -> Plan:
+    """The plan of any cells, cached by its arguments; a cell without edits is the corrupted run.
+
+    Raises:
+        PlanError: a shape with nothing to trace, an edit outside the model or the prompt, or two edits of one
+            cell that contradict each other.
+    """
+    table = effective_edits(shape, cells)
+    signatures = _signatures(shape, table)
+    rows = _no_rows(shape, len(cells))
+    blocks = []
+    for number in range(shape.n_layers):
+        edits = table.where(table.block == number)
+        parents, rows = rows, _advance(shape, rows, edits, signatures[:, number], layout)
+        blocks.append(_block(shape, number, parents, rows, edits, layout))
+    last = np.full((shape.samples, len(rows.first)), -1)
+    last[rows.sample, rows.number] = rows.start + shape.n_positions - 1 - rows.first[rows.number]
+    cell_row = np.where(rows.of_cell >= 0, rows.of_cell, table.constant)
+    return Plan(shape, layout, tuple(blocks), last, cell_row)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The restored rows of one block. Each row exists once per sample; `number` and `sample` say which is where.
+
+    Attributes:
+        of_cell: [cell] the row a cell is in, -1 while it is still the corrupted base row.
+        parent: [row] its row in the previous block, -1 for the base row.
+        first: [row] first position held.
+        number, sample: [placed row] row and sample, in the order of the pack.
+        start: [placed row] index of the first token in the pack.
+        place: [sample, row] the inverse of (sample, number).
+        n_tokens: of the whole pack, base rows included.
+    """
+
+    of_cell: np.ndarray
+    parent: np.ndarray
+    first: np.ndarray
+    number: np.ndarray
+    sample: np.ndarray
+    start: np.ndarray
+    place: np.ndarray
+    n_tokens: int
+
+
+def _no_rows(shape: Shape, n_cells: int) -> _Rows:
+    none = np.zeros(0, dtype=np.int64)
+    of_cell = np.full(n_cells, -1)
+    return _placed(shape, of_cell, parent=none, first=none)
+
+
+def _placed(shape: Shape, of_cell: np.ndarray, parent: np.ndarray, first: np.ndarray) -> _Rows:
+    """Gives every row and sample its place in the pack, sorted by (first position, sample)."""
+    sample, number = np.divmod(np.arange(shape.samples * len(first)), max(1, len(first)))
+    order = np.lexsort((number, sample, first[number]))
+    sample, number = sample[order], number[order]
+    lengths = shape.n_positions - first[number]
+    ends = (1 + shape.samples) * shape.n_positions + np.cumsum(lengths)
+    place = np.empty((shape.samples, len(first)), dtype=np.int64)
+    place[sample, number] = np.arange(len(number))
+    n_tokens = int(ends[-1]) if len(ends) else (1 + shape.samples) * shape.n_positions
+    return _Rows(of_cell, parent, first, number, sample, ends - lengths, place, n_tokens)
+
+
+def _signatures(shape: Shape, table: EditTable) -> np.ndarray:
+    """[cell, block] a number for the set of edits a cell has in a block, 0 for none."""
+    signatures = np.zeros((len(table.constant), shape.n_layers), dtype=np.int64)
+    code = ((table.kind * shape.n_positions + table.position) * 2 + table.clean).tolist()
+    sets: dict[tuple[int, int], tuple[int, ...]] = {}
+    for key, number in zip(zip(table.cell.tolist(), table.block.tolist(), strict=True), code, strict=True):
+        sets[key] = (*sets.get(key, ()), number)
+    known: dict[tuple[int, ...], int] = {}
+    for (cell, block), edits in sets.items():
+        signatures[cell, block] = known.setdefault(edits, len(known) + 1)
+    return signatures
+
+
+def _advance(shape: Shape, rows: _Rows, edits: EditTable, signature: np.ndarray, layout: Layout) -> _Rows:
+    """Passes 4 to 6: splits the rows whose cells have different edits in this block."""
+    first_of_cell = np.append(rows.first, shape.n_positions)[rows.of_cell]
+    np.minimum.at(first_of_cell, edits.cell, edits.position if layout == "suffix" else 0)
+    history = (rows.of_cell + 1) * (signature.max(initial=0) + 1) + signature
+    restored = np.flatnonzero(history)
+    _, example, number = np.unique(history[restored], return_index=True, return_inverse=True)
+    example = restored[example]
+    of_cell = np.full_like(rows.of_cell, -1)
+    of_cell[restored] = number
+    return _placed(shape, of_cell, parent=rows.of_cell[example], first=first_of_cell[example])
+
+
+def _block(shape: Shape, number: int, parents: _Rows, rows: _Rows, edits: EditTable, layout: Layout) -> BlockPlan:
+    source, origin = _growth(shape, parents, rows)
+    targets = {kind: _edit_tokens(shape, rows, edits.where(edits.kind == kind)) for kind in range(3)}
+    to, taken_from = targets[RESIDUAL]
+    source[to] = source[taken_from]
+    unread = _unread_tokens(shape, rows) if number == shape.n_layers - 1 else to[:0]
+    keep, spread = (None, None) if layout == "full" else _skipped_mlp(rows.n_tokens, *targets[MLP], unread)
+    unchanged = number > 0 and len(source) == parents.n_tokens and np.array_equal(source, np.arange(len(source)))
+    return BlockPlan(
+        None if unchanged else source, origin, _groups(shape, rows), *targets[ATTENTION], *targets[MLP], keep, spread
+    )
+
+
+def _growth(shape: Shape, parents: _Rows, rows: _Rows) -> tuple[np.ndarray, np.ndarray]:
+    """[token] where each token comes from in the previous pack, and the base token at its position."""
+    n_base = (1 + shape.samples) * shape.n_positions
+    first = rows.first[rows.number]
+    lengths = shape.n_positions - first
+    position = _ranges(first, lengths)
+    origin = np.repeat((1 + rows.sample) * shape.n_positions, lengths) + position
+    parent = rows.parent[rows.number]
+    has_parent = parent >= 0
+    parent_place = parents.place[rows.sample[has_parent], parent[has_parent]]
+    shift, parent_first = np.zeros_like(first), np.full_like(first, shape.n_positions)
+    parent_first[has_parent] = parents.first[parent[has_parent]]
+    shift[has_parent] = parents.start[parent_place] - parent_first[has_parent]
+    held = position >= np.repeat(parent_first, lengths)
+    source = np.where(held, np.repeat(shift, lengths) + position, origin)
+    base = np.arange(n_base)
+    return np.concatenate((base, source)), np.concatenate((base, origin))
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """`arange(start, start + length)` of all pairs, one after the other."""
+    shift = starts - (np.cumsum(lengths) - lengths)
+    return np.repeat(shift, lengths) + np.arange(lengths.sum())
+
+
+def _edit_tokens(shape: Shape, rows: _Rows, edits: EditTable) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that edits write to, each once, and the base tokens they are taken from."""
+    row = rows.of_cell[edits.cell]
+    _, once = np.unique(row * shape.n_positions + edits.position, return_index=True)
+    row, position, clean = row[once], edits.position[once], edits.clean[once]
+    sample = np.arange(shape.samples)[:, None]
+    to = rows.start[rows.place[:, row]] + position - rows.first[row]
+    taken_from = np.where(clean, 0, (1 + sample) * shape.n_positions) + position
+    return to.reshape(-1), taken_from.reshape(-1)
+
+
+def _unread_tokens(shape: Shape, rows: _Rows) -> np.ndarray:
+    """All tokens of restored rows but the last: nothing reads their last block's output."""
+    lengths = shape.n_positions - rows.first[rows.number]
+    return _ranges(rows.start, lengths - 1)
+
+
+def _skipped_mlp(n_tokens: int, to: np.ndarray, taken_from: np.ndarray, unread: np.ndarray):
+    """Pass 7: (tokens whose MLP is computed, where each token finds its output among them)."""
+    if not len(to) and not len(unread):
+        return None, None
+    computed = np.ones(n_tokens, dtype=bool)
+    computed[to] = computed[unread] = False
+    spread = np.where(computed, np.cumsum(computed) - 1, 0)
+    spread[to] = spread[taken_from]
+    return np.flatnonzero(computed), spread
+
+
+def _groups(shape: Shape, rows: _Rows) -> tuple[Group, ...]:
+    base = np.concatenate((np.arange(1 + shape.samples), 1 + rows.sample))
+    first = np.concatenate((np.zeros(1 + shape.samples, dtype=np.int64), rows.first[rows.number]))
+    begins = np.flatnonzero(np.diff(first, prepend=-1))
+    starts = np.concatenate(([0], np.cumsum(shape.n_positions - first)))
+    ends = np.append(begins[1:], len(first))
+    return tuple(
+        Group(int(first[begin]), int(starts[begin]), base[begin:end])
+        for begin, end in zip(begins, ends, strict=True)
+    )

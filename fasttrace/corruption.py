@@ -1,0 +1,103 @@
+"""Corruption: seeded Gaussian noise on the subject's embeddings.
+
+The bits are those of the code published with Meng et al. (2022): a fresh generator per prompt, drawn and added
+in float64 and rounded once to the model's dtype. The same seed gives the same noise on every device.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fasttrace.errors import PlanError
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """What is added to the outputs of the embedding module.
+
+    Attributes:
+        span: tokens it is added to, half open.
+        sigma: standard deviation of the noise, in units of the embedding outputs.
+        seed: of numpy's RandomState.
+        noise: float64 [sample, position in span, d_model].
+    """
+
+    span: tuple[int, int]
+    sigma: float
+    seed: int
+    noise: Tensor
+
+    def part(self, samples: slice) -> "Corruption":
+        """Some of the noise samples."""
+        return replace(self, noise=self.noise[samples])
+
+    def added_to(self, embeddings: Tensor) -> Tensor:
+        """Embeddings [1 + sample, position, d_model] with row 0 kept clean and noise added to the others."""
+        begin, end = self.span
+        corrupted = embeddings.clone()
+        subject = corrupted[1:, begin:end]
+        subject.copy_(subject.to(torch.float64) + self.noise.to(embeddings.device))
+        return corrupted
+
+
+def draw(span: tuple[int, int], d_model: int, *, sigma: float, samples: int, seed: int) -> Corruption:
+    """Draws the noise of one prompt; its first k samples are those of a k-sample draw.
+
+    Args:
+        span: subject tokens, half open.
+        d_model: width of the embedding outputs.
+        sigma: standard deviation.
+        samples: noise samples, >= 1.
+        seed: 0 to 2**32 - 1.
+
+    Raises:
+        PlanError: samples below 1, a sigma that is negative or not finite, a seed out of range.
+    """
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise PlanError(f"samples is {samples!r}: it needs a whole number >= 1 of noise draws")
+    if not (math.isfinite(sigma) and sigma >= 0):
+        raise PlanError(f"noise has standard deviation {sigma!r}: it must be a finite number >= 0")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise PlanError(f"seed is {seed!r}: it needs a whole number from 0 to 2**32 - 1")
+    drawn = np.random.RandomState(seed).randn(samples, span[1] - span[0], d_model) * sigma
+    return Corruption(span, sigma, seed, torch.from_numpy(drawn))
+
+
+def sigma_of(noise: float | str, embedding: nn.Module, subjects: Sequence[Sequence[int]], device: object) -> float:
+    """The standard deviation that a noise rule stands for.
+
+    Args:
+        noise: a number (absolute), or "s3": 3 times the standard deviation of the embedding outputs of the
+            subjects' tokens, all together ("s" is "s1", any factor may follow).
+        embedding: the model's input embedding module.
+        subjects: token ids of each subject.
+        device: where the embedding takes its ids.
+
+    Raises:
+        PlanError: neither a number nor a rule.
+
+    Source: the noise rules of the code published with Meng et al. (2022).
+    """
+    if isinstance(noise, str):
+        return _factor(noise) * _embedding_std(embedding, subjects, device)
+    if isinstance(noise, bool) or not isinstance(noise, (int, float, np.floating)):
+        raise PlanError(f'noise is {noise!r}: give a number, or a rule such as "s3"')
+    return float(noise)
+
+
+def _factor(rule: str) -> float:
+    match = re.fullmatch(r"s(\d*\.?\d*)", rule.strip())
+    if match is None or match[1] == ".":
+        raise PlanError(f'noise rule {rule!r} is unknown: give a number, or "s3" for 3 x std of the subject embeddings')
+    return float(match[1] or 1)
+
+
+def _embedding_std(embedding: nn.Module, subjects: Sequence[Sequence[int]], device: object) -> float:
+    with torch.no_grad():
+        outputs = [embedding(torch.tensor([list(ids)], device=device)).float().flatten() for ids in subjects]
+    return torch.cat(outputs).std().item()
