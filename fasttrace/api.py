@@ -18,6 +18,7 @@ from fasttrace.engines.passes import Progress, run_in_passes
 from fasttrace.engines.select import EngineChoice, choose
 from fasttrace.errors import NumericsError
 from fasttrace.loading import choose_device, choose_dtype, load
+from fasttrace.ops import fused
 from fasttrace.prompts import Prompt, encode, plain_ids, token_text
 from fasttrace.readout import Scores
 from fasttrace.results import TraceResult
@@ -104,7 +105,7 @@ class Tracer:
         Raises:
             EngineError: an unknown engine, or none that passes the self-check.
         """
-        return choose(self._anatomy, engine)
+        return choose(self._anatomy, engine, self.fuse)
 
     def trace(
         self,
@@ -152,9 +153,12 @@ class Tracer:
         windows = windows_of(streams, window)
         encoded = self._encode(prompt, subject, target, first_target_token)
         corruption = self._corrupt(encoded, noise, noise_subjects, samples, seed)
-        job = Job(torch.tensor(encoded.token_ids), corruption, self._cells(windows, encoded), encoded.target_id)
+        job = Job(
+            torch.tensor(encoded.token_ids), corruption, self._cells(windows, encoded), encoded.target_id
+        )
         choice = self.choose_engine(engine)
-        scores, cost = run_in_passes(choice.name, self._anatomy, job, budget, progress)
+        with fused(self.model, self.fuse and choice.name != "reference"):
+            scores, cost = run_in_passes(choice.name, self._anatomy, job, budget, progress)
         metadata = self._metadata(encoded, noise, corruption, choice)
         return self._result(encoded, windows, scores, cost, metadata)
 
@@ -182,7 +186,9 @@ class Tracer:
         grids = (grid_cells(stream, width, n_layers, n_positions) for stream, width in windows.items())
         return tuple(cell for grid in grids for cell in grid)
 
-    def _metadata(self, prompt: Prompt, noise: Any, corruption: Corruption, choice: EngineChoice) -> dict[str, Any]:
+    def _metadata(
+        self, prompt: Prompt, noise: Any, corruption: Corruption, choice: EngineChoice
+    ) -> dict[str, Any]:
         return {
             "model": self.name,
             "revision": self.revision,
@@ -194,6 +200,7 @@ class Tracer:
             "seed": corruption.seed,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
+            "fuse": self.fuse,
             "engine": choice.name,
             "engine_reason": choice.reason,
             "self_check_error": choice.self_check_error,
@@ -204,7 +211,9 @@ class Tracer:
         self, prompt: Prompt, windows: Mapping[str, int], scores: Scores, cost: Cost, metadata: dict[str, Any]
     ) -> TraceResult:
         if not np.isfinite(scores.cells).all():
-            raise NumericsError(f"probabilities came out as NaN in {self.dtype}; try dtype='bfloat16' or 'float32'")
+            raise NumericsError(
+                f"probabilities came out as NaN in {self.dtype}; try dtype='bfloat16' or 'float32'"
+            )
         grids = scores.cells.reshape(len(windows), self._anatomy.n_layers, len(prompt.token_ids), -1)
         low = scores.corrupted[:, scores.target].astype(np.float64)
         return TraceResult(

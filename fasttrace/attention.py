@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -68,7 +69,9 @@ def ragged_attention(model: nn.Module, state: RaggedState) -> Iterator[None]:
     try:
         model.set_attn_implementation(NAME)
         if model.config._attn_implementation != NAME:
-            raise EngineError(f"{type(model).__name__} does not take its attention from transformers' interface")
+            raise EngineError(
+                f"{type(model).__name__} does not take its attention from transformers' interface"
+            )
         yield
     finally:
         model.set_attn_implementation(state.implementation)
@@ -113,7 +116,9 @@ def _attend(
 def _running() -> RaggedState:
     state = _STATE.get()
     if state is None:
-        raise EngineError(f"attention {NAME!r} works inside a fasttrace pass only; set the model back to 'sdpa'")
+        raise EngineError(
+            f"attention {NAME!r} works inside a fasttrace pass only; set the model back to 'sdpa'"
+        )
     return state
 
 
@@ -125,7 +130,7 @@ def _arithmetic(module: nn.Module, implementation: str) -> Callable[..., tuple[T
 def _rectangle(states: Tensor, start: int, n_rows: int, length: int) -> Tensor:
     """[1, head, token, d_head] -> [row, head, length, d_head], a view."""
     tokens = states[0, :, start : start + n_rows * length]
-    return tokens.unflatten(1, (n_rows, length)).transpose(0, 1)
+    return rearrange(tokens, "head (row pos) d_head -> row head pos d_head", pos=length)
 
 
 def _after_prefix(base: Tensor, own: Tensor, group: GroupOnDevice) -> Tensor:

@@ -97,6 +97,4 @@ def _mlp_tokens(block: BlockPlan) -> int:
 
 def _pairs(block: BlockPlan, n_positions: int) -> int:
     """Query-key pairs of one block under the causal mask."""
-    return sum(
-        len(group.base) * sum(range(group.first + 1, n_positions + 1)) for group in block.groups
-    )
+    return sum(len(group.base) * sum(range(group.first + 1, n_positions + 1)) for group in block.groups)

@@ -28,7 +28,9 @@ def choose_device(device: str) -> torch.device:
     except RuntimeError:
         raise ModelError(f"unknown device {device!r}; give auto, cpu, cuda or cuda:0") from None
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ModelError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} GPUs; give device='cpu'")
+        raise ModelError(
+            f"device {device!r} is not there: torch sees {torch.cuda.device_count()} GPUs; give device='cpu'"
+        )
     return chosen
 
 
@@ -66,7 +68,9 @@ def load(name: str, dtype: torch.dtype, device: torch.device, revision: str | No
     except (ValueError, KeyError) as error:
         if isinstance(error, ModelError):
             raise
-        raise ModelError(f"{name} is not a model with a causal language-model head: {_first_line(error)}") from error
+        raise ModelError(
+            f"{name} is not a model with a causal language-model head: {_first_line(error)}"
+        ) from error
     return model.to(device).eval(), _tokenizer_of(source, revision)
 
 

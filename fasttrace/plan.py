@@ -184,16 +184,26 @@ def _advance(shape: Shape, rows: _Rows, edits: EditTable, signature: np.ndarray,
     return _placed(shape, of_cell, parent=rows.of_cell[example], first=first_of_cell[example])
 
 
-def _block(shape: Shape, number: int, parents: _Rows, rows: _Rows, edits: EditTable, layout: Layout) -> BlockPlan:
+def _block(
+    shape: Shape, number: int, parents: _Rows, rows: _Rows, edits: EditTable, layout: Layout
+) -> BlockPlan:
     source, origin = _growth(shape, parents, rows)
     targets = {kind: _edit_tokens(shape, rows, edits.where(edits.kind == kind)) for kind in range(3)}
     to, taken_from = targets[RESIDUAL]
     source[to] = source[taken_from]
     unread = _unread_tokens(shape, rows) if number == shape.n_layers - 1 else to[:0]
     keep, spread = (None, None) if layout == "full" else _skipped_mlp(rows.n_tokens, *targets[MLP], unread)
-    unchanged = number > 0 and len(source) == parents.n_tokens and np.array_equal(source, np.arange(len(source)))
+    unchanged = (
+        number > 0 and len(source) == parents.n_tokens and np.array_equal(source, np.arange(len(source)))
+    )
     return BlockPlan(
-        None if unchanged else source, origin, _groups(shape, rows), *targets[ATTENTION], *targets[MLP], keep, spread
+        None if unchanged else source,
+        origin,
+        _groups(shape, rows),
+        *targets[ATTENTION],
+        *targets[MLP],
+        keep,
+        spread,
     )
 
 

@@ -18,6 +18,7 @@ from fasttrace.corruption import draw, sigma_of
 from fasttrace.engines import ENGINES
 from fasttrace.engines.job import Job
 from fasttrace.errors import EngineError, FasttraceError
+from fasttrace.ops import fused
 from fasttrace.readout import Scores
 
 logger = logging.getLogger("fasttrace")
@@ -43,11 +44,11 @@ class EngineChoice:
     self_check_error: float | None = None
 
 
-_CHOICES: WeakKeyDictionary[nn.Module, EngineChoice] = WeakKeyDictionary()
+_CHOICES: WeakKeyDictionary[nn.Module, dict[bool, EngineChoice]] = WeakKeyDictionary()
 
 
-def choose(anatomy: Anatomy, engine: str = "auto") -> EngineChoice:
-    """The engine for a model; "auto" checks once per model object.
+def choose(anatomy: Anatomy, engine: str = "auto", fuse: bool = True) -> EngineChoice:
+    """The engine for a model; "auto" checks once per model object, with the fused operations it will run with.
 
     Raises:
         EngineError: an unknown engine, or none that passes.
@@ -56,18 +57,19 @@ def choose(anatomy: Anatomy, engine: str = "auto") -> EngineChoice:
         return EngineChoice(engine, "asked for by name")
     if engine != "auto":
         raise EngineError(f"unknown engine {engine!r}; choose from auto, {', '.join(ENGINES)}")
-    if anatomy.model not in _CHOICES:
-        _CHOICES[anatomy.model] = _first_that_passes(anatomy)
-    return _CHOICES[anatomy.model]
+    choices = _CHOICES.setdefault(anatomy.model, {})
+    if fuse not in choices:
+        choices[fuse] = _first_that_passes(anatomy, fuse)
+    return choices[fuse]
 
 
-def _first_that_passes(anatomy: Anatomy) -> EngineChoice:
+def _first_that_passes(anatomy: Anatomy, fuse: bool) -> EngineChoice:
     job = _check_job(anatomy)
     expected = ENGINES["reference"](anatomy, job, _no_tick)
     tolerance = TOLERANCE.get(anatomy.dtype, HALF_TOLERANCE)
     failures: list[str] = []
     for name in ("wavefront", "rows"):
-        problem, error = _compare(anatomy, job, name, expected, tolerance)
+        problem, error = _compare(anatomy, job, name, expected, tolerance, fuse)
         if problem is None:
             reason = "; ".join([*failures, f"{name} passed the self-check"])
             logger.info("engine %s: %s (error %.1e)", name, reason, error)
@@ -78,15 +80,19 @@ def _first_that_passes(anatomy: Anatomy) -> EngineChoice:
 
 
 def _compare(
-    anatomy: Anatomy, job: Job, name: str, expected: Scores, tolerance: float
+    anatomy: Anatomy, job: Job, name: str, expected: Scores, tolerance: float, fuse: bool
 ) -> tuple[str | None, float | None]:
     """(what is wrong with an engine or None, its error)."""
     try:
-        error = _distance(ENGINES[name](anatomy, job, _no_tick), expected)
+        with fused(anatomy.model, fuse):
+            error = _distance(ENGINES[name](anatomy, job, _no_tick), expected)
     except (FasttraceError, RuntimeError, TypeError, AttributeError, KeyError, IndexError) as raised:
         return f"does not run ({type(raised).__name__}: {raised})", None
     if not error <= tolerance:
-        return f"differs from plain forward passes by {error:.1e} in log-probability (allowed {tolerance:.0e})", error
+        return (
+            f"differs from plain forward passes by {error:.1e} in log-probability (allowed {tolerance:.0e})",
+            error,
+        )
     return None, error
 
 
@@ -113,7 +119,10 @@ def _check_job(anatomy: Anatomy) -> Job:
 def _check_cells(n_layers: int, n_positions: int, span: tuple[int, int]) -> tuple[Cell, ...]:
     places = ((n_layers // 4, span[0]), (n_layers // 2, n_positions - 1))
     return tuple(
-        tuple(Edit(stream, block, position) for block in window_of(layer, 1 if stream == "block_output" else 3, n_layers))
+        tuple(
+            Edit(stream, block, position)
+            for block in window_of(layer, 1 if stream == "block_output" else 3, n_layers)
+        )
         for stream in STREAMS
         for layer, position in places
     )

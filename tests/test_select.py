@@ -1,0 +1,82 @@
+"""The self-check finds engines that are wrong, and says so."""
+
+import logging
+
+import pytest
+import torch
+
+from fasttrace.adapters import anatomy_of
+from fasttrace.engines import ENGINES, select
+from fasttrace.errors import EngineError
+from tests.conftest import tiny_model
+
+
+def test_a_sound_model_gets_the_wavefront(family):
+    choice = select.choose(anatomy_of(tiny_model(family)))
+    assert choice.name == "wavefront"
+    assert choice.self_check_error < 1e-4
+
+
+def test_the_check_runs_once_per_model(family, monkeypatch):
+    anatomy = anatomy_of(tiny_model(family))
+    first = select.choose(anatomy)
+    monkeypatch.setattr(select, "_first_that_passes", lambda *_: pytest.fail("checked twice"))
+    assert select.choose(anatomy) is first
+
+
+def wrong(run, amount):
+    """An engine whose cells are off."""
+
+    def off(anatomy, job, tick):
+        scores = run(anatomy, job, tick)
+        scores.cells[0] *= amount
+        return scores
+
+    return off
+
+
+def test_a_wrong_wavefront_steps_down_to_rows_with_the_number(family, monkeypatch, caplog):
+    monkeypatch.setitem(ENGINES, "wavefront", wrong(ENGINES["wavefront"], 1.01))
+    with caplog.at_level(logging.WARNING, logger="fasttrace"):
+        choice = select.choose(anatomy_of(tiny_model(family)))
+    assert choice.name == "rows"
+    assert "wavefront differs from plain forward passes by 1.0e-02" in choice.reason
+    assert "stepping down" in caplog.text
+
+
+def test_a_wavefront_that_crashes_steps_down_to_rows(family, monkeypatch):
+    def crash(anatomy, job, tick):
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setitem(ENGINES, "wavefront", crash)
+    choice = select.choose(anatomy_of(tiny_model(family)))
+    assert choice.name == "rows"
+    assert "RuntimeError: shape mismatch" in choice.reason
+
+
+def test_no_engine_is_better_than_a_wrong_one(family, monkeypatch):
+    for name in ("wavefront", "rows"):
+        monkeypatch.setitem(ENGINES, name, wrong(ENGINES[name], 1.5))
+    with pytest.raises(EngineError, match="no engine is right .*wavefront differs.*rows differs"):
+        select.choose(anatomy_of(tiny_model(family)))
+
+
+def test_a_model_whose_attention_ignores_the_interface_is_caught(monkeypatch):
+    """Ordinary attention over the pack as if it were one prompt: the silent failure that the check is for."""
+    from fasttrace import attention
+
+    def plain(module, query, key, value, attention_mask, **kwargs):
+        state = attention._running()
+        state.calls += 1
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return output.transpose(1, 2), None
+
+    monkeypatch.setitem(attention.ALL_ATTENTION_FUNCTIONS._global_mapping, attention.NAME, plain)
+    choice = select.choose(anatomy_of(tiny_model("gpt2")))
+    assert choice.name == "rows"
+
+
+def test_a_named_engine_is_not_checked(family, monkeypatch):
+    monkeypatch.setattr(select, "_first_that_passes", lambda *_: pytest.fail("checked"))
+    choice = select.choose(anatomy_of(tiny_model(family)), "rows")
+    assert (choice.name, choice.self_check_error) == ("rows", None)
