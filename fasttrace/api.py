@@ -153,9 +153,7 @@ class Tracer:
         windows = windows_of(streams, window)
         encoded = self._encode(prompt, subject, target, first_target_token)
         corruption = self._corrupt(encoded, noise, noise_subjects, samples, seed)
-        job = Job(
-            torch.tensor(encoded.token_ids), corruption, self._cells(windows, encoded), encoded.target_id
-        )
+        job = Job(torch.tensor(encoded.token_ids), corruption, self._cells(windows, encoded), encoded.target_id)
         choice = self.choose_engine(engine)
         with fused(self.model, self.fuse and choice.name != "reference"):
             scores, cost = run_in_passes(choice.name, self._anatomy, job, budget, progress)
@@ -186,9 +184,7 @@ class Tracer:
         grids = (grid_cells(stream, width, n_layers, n_positions) for stream, width in windows.items())
         return tuple(cell for grid in grids for cell in grid)
 
-    def _metadata(
-        self, prompt: Prompt, noise: Any, corruption: Corruption, choice: EngineChoice
-    ) -> dict[str, Any]:
+    def _metadata(self, prompt: Prompt, noise: Any, corruption: Corruption, choice: EngineChoice) -> dict[str, Any]:
         return {
             "model": self.name,
             "revision": self.revision,
@@ -211,9 +207,7 @@ class Tracer:
         self, prompt: Prompt, windows: Mapping[str, int], scores: Scores, cost: Cost, metadata: dict[str, Any]
     ) -> TraceResult:
         if not np.isfinite(scores.cells).all():
-            raise NumericsError(
-                f"probabilities came out as NaN in {self.dtype}; try dtype='bfloat16' or 'float32'"
-            )
+            raise NumericsError(f"probabilities came out as NaN in {self.dtype}; try dtype='bfloat16' or 'float32'")
         grids = scores.cells.reshape(len(windows), self._anatomy.n_layers, len(prompt.token_ids), -1)
         low = scores.corrupted[:, scores.target].astype(np.float64)
         return TraceResult(

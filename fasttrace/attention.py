@@ -1,15 +1,16 @@
 """Ragged attention over a pack, through transformers' attention and mask interfaces.
 
-Registered once under one name. The arithmetic is the model's own eager or sdpa function, called once per
-rectangular group of rows: queries first..T-1 of each row, against the base row's keys before `first` and the
-row's own from there on. Scaling, grouped heads, soft caps, sinks and the mask are therefore the model's.
+Registered once under one name. The arithmetic is the model's own eager or sdpa function, called once per group of
+rows with the same first position. A tile is one sequence to that function: the queries first..T-1 of a few rows of
+one base row, against the base row's keys before `first` and their own from there on, under a mask that is the model's
+own, block by block. Scaling, grouped heads, soft caps, sinks and sliding windows are therefore the model's.
 """
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,11 +27,12 @@ NAME = "fasttrace_ragged"
 
 @dataclass(frozen=True)
 class GroupOnDevice:
-    """`plan.Group` with its index on a device, and the group's number of tokens."""
+    """`plan.Group` with its base rows as an index tensor on a device."""
 
     first: int
     start: int
-    n_rows: int
+    tile_rows: int
+    n_tiles: int
     base: Tensor
 
 
@@ -44,6 +46,7 @@ class RaggedState:
         n_positions: tokens of a base row.
         groups: of the block being computed; the engine sets it.
         calls: attention calls so far; the engine checks that every block made one.
+        masks: of tiles, by the mask they are made from and the tile's shape.
     """
 
     implementation: str
@@ -51,6 +54,19 @@ class RaggedState:
     n_positions: int
     groups: tuple[GroupOnDevice, ...] = ()
     calls: int = 0
+    masks: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+
+    def tile_mask(self, mask: Tensor, group: GroupOnDevice) -> Tensor:
+        """The mask of a tile, [1, 1 or head, tile token, first + tile token], made once a pass.
+
+        Args:
+            mask: the model's, [batch, 1 or head, position, position]; bool, or added to the scores.
+            group: the tile's shape.
+        """
+        key = (id(mask), group.first, group.tile_rows)
+        if key not in self.masks:
+            self.masks[key] = _block_diagonal(mask[:1, :, group.first : self.n_positions], group)
+        return self.masks[key]
 
 
 _STATE: ContextVar[RaggedState | None] = ContextVar("fasttrace_ragged_state", default=None)
@@ -69,9 +85,7 @@ def ragged_attention(model: nn.Module, state: RaggedState) -> Iterator[None]:
     try:
         model.set_attn_implementation(NAME)
         if model.config._attn_implementation != NAME:
-            raise EngineError(
-                f"{type(model).__name__} does not take its attention from transformers' interface"
-            )
+            raise EngineError(f"{type(model).__name__} does not take its attention from transformers' interface")
         yield
     finally:
         model.set_attn_implementation(state.implementation)
@@ -89,36 +103,57 @@ def safe_implementation(model: nn.Module) -> str:
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """query [1, head, token, d_head], key and value [1, kv_head, token, d_head] -> [1, token, head, d_head]."""
+    """Attends group by group.
+
+    Args:
+        module: the attention module that calls.
+        query: [1, head, token, d_head].
+        key, value: [1, kv_head, token, d_head].
+        attention_mask: of one whole prompt, see `_full_mask`.
+        kwargs: handed on as they are.
+
+    Returns:
+        [1, token, head, d_head], and no weights.
+    """
     state = _running()
     state.calls += 1
     function = _arithmetic(module, state.implementation)
     n_base, n_positions = state.n_base, state.n_positions
-    base_key, base_value = (_rectangle(x, 0, n_base, n_positions) for x in (key, value))
     if attention_mask is None:
         raise EngineError(f"{type(module).__name__} was given no mask; use engine='rows'")
+    base_key, base_value = (_rectangle(x, 0, n_base, n_positions) for x in (key, value))
     outputs = []
     for group in state.groups:
-        length = n_positions - group.first
-        own_key, own_value = (_rectangle(x, group.start, group.n_rows, length) for x in (key, value))
+        length = group.tile_rows * (n_positions - group.first)
+        own_key, own_value = (_rectangle(x, group.start, group.n_tiles, length) for x in (key, value))
         attended, _ = function(
             module,
-            _rectangle(query, group.start, group.n_rows, length),
+            _rectangle(query, group.start, group.n_tiles, length),
             _after_prefix(base_key, own_key, group),
             _after_prefix(base_value, own_value, group),
-            attention_mask[:1, :, group.first :, :n_positions],
+            state.tile_mask(attention_mask, group),
             **kwargs,
         )
         outputs.append(attended.flatten(0, 1))
     return torch.cat(outputs).unsqueeze(0), None
 
 
+def _block_diagonal(mask: Tensor, group: GroupOnDevice) -> Tensor:
+    """[..., query, position] of one row -> [..., tile query, first + tile query] of a tile of such rows."""
+    rows, length = group.tile_rows, mask.shape[-2]
+    prefix, own = mask[..., : group.first], mask[..., group.first : group.first + length]
+    closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    same_row = torch.eye(rows, dtype=torch.bool, device=mask.device)[:, None, :, None]
+    blocks = torch.where(
+        same_row, own[..., None, :, None, :], torch.full_like(own[..., :1, :1], closed)[..., None, None]
+    )
+    return torch.cat((prefix.repeat(1, 1, rows, 1), blocks.flatten(-2).flatten(-3, -2)), dim=-1)
+
+
 def _running() -> RaggedState:
     state = _STATE.get()
     if state is None:
-        raise EngineError(
-            f"attention {NAME!r} works inside a fasttrace pass only; set the model back to 'sdpa'"
-        )
+        raise EngineError(f"attention {NAME!r} works inside a fasttrace pass only; set the model back to 'sdpa'")
     return state
 
 
@@ -127,10 +162,10 @@ def _arithmetic(module: nn.Module, implementation: str) -> Callable[..., tuple[T
     return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
 
 
-def _rectangle(states: Tensor, start: int, n_rows: int, length: int) -> Tensor:
-    """[1, head, token, d_head] -> [row, head, length, d_head], a view."""
-    tokens = states[0, :, start : start + n_rows * length]
-    return rearrange(tokens, "head (row pos) d_head -> row head pos d_head", pos=length)
+def _rectangle(states: Tensor, start: int, n_sequences: int, length: int) -> Tensor:
+    """[1, head, token, d_head] -> [sequence, head, length, d_head], a view."""
+    tokens = states[0, :, start : start + n_sequences * length]
+    return rearrange(tokens, "head (sequence token) d_head -> sequence head token d_head", token=length)
 
 
 def _after_prefix(base: Tensor, own: Tensor, group: GroupOnDevice) -> Tensor:

@@ -68,9 +68,7 @@ def draw(span: tuple[int, int], d_model: int, *, sigma: float, samples: int, see
     return Corruption(span, sigma, seed, torch.from_numpy(drawn))
 
 
-def sigma_of(
-    noise: float | str, embedding: nn.Module, subjects: Sequence[Sequence[int]], device: object
-) -> float:
+def sigma_of(noise: float | str, embedding: nn.Module, subjects: Sequence[Sequence[int]], device: object) -> float:
     """The standard deviation that a noise rule stands for.
 
     Args:
@@ -95,9 +93,7 @@ def sigma_of(
 def _factor(rule: str) -> float:
     match = re.fullmatch(r"s(\d*\.?\d*)", rule.strip())
     if match is None or match[1] == ".":
-        raise PlanError(
-            f'noise rule {rule!r} is unknown: give a number, or "s3" for 3 x std of the subject embeddings'
-        )
+        raise PlanError(f'noise rule {rule!r} is unknown: give a number, or "s3" for 3 x std of the subject embeddings')
     return float(match[1] or 1)
 
 

@@ -58,8 +58,7 @@ def cost_of(plan: Plan, unit: UnitWork) -> Cost:
     shape = plan.shape
     n_base = (1 + shape.samples) * shape.n_positions
     token_blocks = sum(
-        (block.n_tokens - n_base) * ATTENTION_SHARE + (_mlp_tokens(block) - n_base) * MLP_SHARE
-        for block in plan.blocks
+        (block.n_tokens - n_base) * ATTENTION_SHARE + (_mlp_tokens(block) - n_base) * MLP_SHARE for block in plan.blocks
     )
     flops = sum(
         block.n_tokens * attention + _mlp_tokens(block) * mlp + _pairs(block, shape.n_positions) * unit.pair
@@ -97,4 +96,6 @@ def _mlp_tokens(block: BlockPlan) -> int:
 
 def _pairs(block: BlockPlan, n_positions: int) -> int:
     """Query-key pairs of one block under the causal mask."""
-    return sum(len(group.base) * sum(range(group.first + 1, n_positions + 1)) for group in block.groups)
+    return sum(
+        len(group.base) * group.tile_rows * sum(range(group.first + 1, n_positions + 1)) for group in block.groups
+    )

@@ -124,9 +124,7 @@ def _sorted_once(table: EditTable) -> EditTable:
         same &= column[1:] == column[:-1]
     if np.any(same & (table.clean[1:] != table.clean[:-1])):
         cell = table.cell[1:][same][0]
-        raise PlanError(
-            f"cell {cell} restores one value from the clean and the corrupted run; keep one of them"
-        )
+        raise PlanError(f"cell {cell} restores one value from the clean and the corrupted run; keep one of them")
     return table.where(np.concatenate((np.ones(len(table.cell[:1]), dtype=bool), ~same)))
 
 

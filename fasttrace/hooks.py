@@ -45,13 +45,9 @@ def output_hook(module: nn.Module, rewrite: Callable[[Tensor], Tensor | None]) -
 
 
 @contextmanager
-def input_hook(
-    module: nn.Module, rewrite: Callable[[tuple, dict], tuple[tuple, dict] | None]
-) -> Iterator[None]:
+def input_hook(module: nn.Module, rewrite: Callable[[tuple, dict], tuple[tuple, dict] | None]) -> Iterator[None]:
     """While open, `module` is called with `rewrite(args, kwargs)`; None keeps them."""
-    handle = module.register_forward_pre_hook(
-        lambda _module, args, kwargs: rewrite(args, kwargs), with_kwargs=True
-    )
+    handle = module.register_forward_pre_hook(lambda _module, args, kwargs: rewrite(args, kwargs), with_kwargs=True)
     try:
         yield
     finally:

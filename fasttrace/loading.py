@@ -16,7 +16,7 @@ DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float3
 
 
 def choose_device(device: str) -> torch.device:
-    """ "auto" is the first GPU if there is one.
+    """The device of that name; "auto" is the first GPU if there is one.
 
     Raises:
         ModelError: a device that torch does not know or does not have.
@@ -35,7 +35,7 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """ "auto" is float16 on a GPU and float32 on a CPU, where float16 is unusably slow and becomes bfloat16.
+    """The type of that name; "auto" is float16 on a GPU and float32 on a CPU, where float16 is unusably slow and becomes bfloat16.
 
     Raises:
         ModelError: not a name of a floating-point type.
@@ -68,9 +68,7 @@ def load(name: str, dtype: torch.dtype, device: torch.device, revision: str | No
     except (ValueError, KeyError) as error:
         if isinstance(error, ModelError):
             raise
-        raise ModelError(
-            f"{name} is not a model with a causal language-model head: {_first_line(error)}"
-        ) from error
+        raise ModelError(f"{name} is not a model with a causal language-model head: {_first_line(error)}") from error
     return model.to(device).eval(), _tokenizer_of(source, revision)
 
 

@@ -9,7 +9,8 @@ drop edits that change nothing (`edits.py`). Passes 4 to 7 are here, and all are
 7. thrown-away work: an MLP output that is replaced, or never read, is not computed.
 
 The pack of a block is a list of tokens. The base rows come first, whole: the clean run, then one corrupted run
-per noise sample. Restored rows follow, sorted by (first position, sample), so that equal shapes are neighbours.
+per noise sample. Restored rows follow, sorted by (first position, tile size, sample), so that equal shapes are
+neighbours.
 """
 
 from dataclasses import dataclass
@@ -24,18 +25,25 @@ from fasttrace.edits import ATTENTION, MLP, RESIDUAL, EditTable, Shape, effectiv
 Layout = Literal["suffix", "full"]
 
 
+TILE_TOKENS = 32
+"""Rows that share a base row attend together in tiles of about this many tokens: the base row's keys are then
+gathered once a tile, and a block-diagonal mask keeps the rows apart."""
+
+
 @dataclass(frozen=True)
 class Group:
-    """Neighbouring rows that hold the same positions: a rectangle [row, n_positions - first] of tokens.
+    """Neighbouring rows that hold the same positions, as a rectangle [tile, tile rows * (n_positions - first)].
 
     Attributes:
         first: first position the rows hold; the keys before it are the base row's.
         start: index of the group's first token in the pack.
-        base: [row] the base row of each row.
+        tile_rows: rows of a tile, all of one base row.
+        base: [tile] the base row.
     """
 
     first: int
     start: int
+    tile_rows: int
     base: np.ndarray
 
 
@@ -126,6 +134,7 @@ class _Rows:
         number, sample: [placed row] row and sample, in the order of the pack.
         start: [placed row] index of the first token in the pack.
         place: [sample, row] the inverse of (sample, number).
+        tile_rows: [placed row] rows of the tile it is in.
         n_tokens: of the whole pack, base rows included.
     """
 
@@ -136,6 +145,7 @@ class _Rows:
     sample: np.ndarray
     start: np.ndarray
     place: np.ndarray
+    tile_rows: np.ndarray
     n_tokens: int
 
 
@@ -146,16 +156,27 @@ def _no_rows(shape: Shape, n_cells: int) -> _Rows:
 
 
 def _placed(shape: Shape, of_cell: np.ndarray, parent: np.ndarray, first: np.ndarray) -> _Rows:
-    """Gives every row and sample its place in the pack, sorted by (first position, sample)."""
+    """Gives every row and sample its place in the pack, sorted by (first position, tile size, sample)."""
     sample, number = np.divmod(np.arange(shape.samples * len(first)), max(1, len(first)))
-    order = np.lexsort((number, sample, first[number]))
+    tile_rows = _tile_rows(shape, first)
+    order = np.lexsort((number, sample, -tile_rows[number], first[number]))
     sample, number = sample[order], number[order]
     lengths = shape.n_positions - first[number]
     ends = (1 + shape.samples) * shape.n_positions + np.cumsum(lengths)
     place = np.empty((shape.samples, len(first)), dtype=np.int64)
     place[sample, number] = np.arange(len(number))
     n_tokens = int(ends[-1]) if len(ends) else (1 + shape.samples) * shape.n_positions
-    return _Rows(of_cell, parent, first, number, sample, ends - lengths, place, n_tokens)
+    return _Rows(of_cell, parent, first, number, sample, ends - lengths, place, tile_rows[number], n_tokens)
+
+
+def _tile_rows(shape: Shape, first: np.ndarray) -> np.ndarray:
+    """[row] how many rows share its tile: whole tiles of rows with one first position, and one of what is left."""
+    _, group, count = np.unique(first, return_inverse=True, return_counts=True)
+    rank = np.empty_like(first)
+    rank[np.argsort(first, kind="stable")] = _ranges(np.zeros_like(count), count)
+    whole = np.where(first > 0, np.maximum(1, TILE_TOKENS // np.maximum(1, shape.n_positions - first)), 1)
+    left = count[group] % whole
+    return np.where(rank < count[group] - left, whole, left)
 
 
 def _signatures(shape: Shape, table: EditTable) -> np.ndarray:
@@ -184,18 +205,14 @@ def _advance(shape: Shape, rows: _Rows, edits: EditTable, signature: np.ndarray,
     return _placed(shape, of_cell, parent=rows.of_cell[example], first=first_of_cell[example])
 
 
-def _block(
-    shape: Shape, number: int, parents: _Rows, rows: _Rows, edits: EditTable, layout: Layout
-) -> BlockPlan:
+def _block(shape: Shape, number: int, parents: _Rows, rows: _Rows, edits: EditTable, layout: Layout) -> BlockPlan:
     source, origin = _growth(shape, parents, rows)
     targets = {kind: _edit_tokens(shape, rows, edits.where(edits.kind == kind)) for kind in range(3)}
     to, taken_from = targets[RESIDUAL]
     source[to] = source[taken_from]
     unread = _unread_tokens(shape, rows) if number == shape.n_layers - 1 else to[:0]
     keep, spread = (None, None) if layout == "full" else _skipped_mlp(rows.n_tokens, *targets[MLP], unread)
-    unchanged = (
-        number > 0 and len(source) == parents.n_tokens and np.array_equal(source, np.arange(len(source)))
-    )
+    unchanged = number > 0 and len(source) == parents.n_tokens and np.array_equal(source, np.arange(len(source)))
     return BlockPlan(
         None if unchanged else source,
         origin,
@@ -261,12 +278,13 @@ def _skipped_mlp(n_tokens: int, to: np.ndarray, taken_from: np.ndarray, unread: 
 
 
 def _groups(shape: Shape, rows: _Rows) -> tuple[Group, ...]:
-    base = np.concatenate((np.arange(1 + shape.samples), 1 + rows.sample))
-    first = np.concatenate((np.zeros(1 + shape.samples, dtype=np.int64), rows.first[rows.number]))
-    begins = np.flatnonzero(np.diff(first, prepend=-1))
+    n_base = 1 + shape.samples
+    base = np.concatenate((np.arange(n_base), 1 + rows.sample))
+    first = np.concatenate((np.zeros(n_base, dtype=np.int64), rows.first[rows.number]))
+    tile_rows = np.concatenate((np.ones(n_base, dtype=np.int64), rows.tile_rows))
+    begins = np.flatnonzero(np.diff(first, prepend=-1) | np.diff(tile_rows, prepend=0))
     starts = np.concatenate(([0], np.cumsum(shape.n_positions - first)))
-    ends = np.append(begins[1:], len(first))
     return tuple(
-        Group(int(first[begin]), int(starts[begin]), base[begin:end])
-        for begin, end in zip(begins, ends, strict=True)
+        Group(int(first[begin]), int(starts[begin]), int(tile_rows[begin]), base[begin : end : tile_rows[begin]])
+        for begin, end in zip(begins, np.append(begins[1:], len(first)), strict=True)
     )

@@ -63,9 +63,7 @@ def encode(
     if max(ids) >= vocabulary or min(ids) < 0:
         raise PromptError(f"the prompt has token id {max(ids)}, the model knows 0..{vocabulary - 1}")
     if max_positions is not None and len(ids) > max_positions:
-        raise PromptError(
-            f"the prompt has {len(ids)} tokens, the model has positions for {max_positions}; shorten it"
-        )
+        raise PromptError(f"the prompt has {len(ids)} tokens, the model has positions for {max_positions}; shorten it")
     tokens = tuple(token_text(tokenizer, token_id) for token_id in ids)
     span = _span_of(subject, text, offsets, tokens)
     return Prompt(
@@ -86,9 +84,7 @@ def token_text(tokenizer: Any, token_id: int) -> str:
 def plain_ids(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text that stands alone, without special tokens."""
     if tokenizer is None:
-        raise PromptError(
-            f"{text!r} is text and there is no tokenizer; give token ids, or Tracer(model, tokenizer)"
-        )
+        raise PromptError(f"{text!r} is text and there is no tokenizer; give token ids, or Tracer(model, tokenizer)")
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -101,9 +97,7 @@ def _checked_ids(prompt: Sequence[int]) -> list[int]:
 
 def _tokenized(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]] | None]:
     if tokenizer is None:
-        raise PromptError(
-            "the prompt is text and there is no tokenizer; give token ids, or Tracer(model, tokenizer)"
-        )
+        raise PromptError("the prompt is text and there is no tokenizer; give token ids, or Tracer(model, tokenizer)")
     if not text.strip():
         raise PromptError("the prompt is empty; give at least one word")
     if not getattr(tokenizer, "is_fast", False):
@@ -118,9 +112,7 @@ def _span_of(subject: Any, text: str | None, offsets: Any, tokens: tuple[str, ..
     try:
         begin, end = (int(value) for value in subject)
     except (TypeError, ValueError):
-        raise PromptError(
-            f"subject is {subject!r}; give its text, or a half-open token span such as (0, 4)"
-        ) from None
+        raise PromptError(f"subject is {subject!r}; give its text, or a half-open token span such as (0, 4)") from None
     if not 0 <= begin < end <= len(tokens):
         raise PromptError(
             f"subject span {(begin, end)} covers no tokens of a prompt of {len(tokens)}; "
@@ -137,14 +129,10 @@ def _found_span(subject: str, text: str | None, offsets: Any, tokens: tuple[str,
             f"without offsets); give a half-open token span: {_numbered(tokens)}"
         )
     if not wanted:
-        raise PromptError(
-            f"the subject is empty; give its text as in the prompt, or a token span: {_numbered(tokens)}"
-        )
+        raise PromptError(f"the subject is empty; give its text as in the prompt, or a token span: {_numbered(tokens)}")
     starts = [i for i in range(len(text)) if text.startswith(wanted, i)]
     if not starts:
-        raise PromptError(
-            f"subject {wanted!r} does not occur in the prompt; its tokens are {_numbered(tokens)}"
-        )
+        raise PromptError(f"subject {wanted!r} does not occur in the prompt; its tokens are {_numbered(tokens)}")
     spans = [_tokens_between(offsets, start, start + len(wanted)) for start in starts]
     if len(spans) > 1:
         raise PromptError(
@@ -158,9 +146,7 @@ def _tokens_between(offsets: Sequence[tuple[int, int]], begin: int, end: int) ->
     """Tokens that share a character with text[begin:end]; pieces of one character all do."""
     inside = [i for i, (start, stop) in enumerate(offsets) if start < end and stop > begin]
     if not inside:
-        raise PromptError(
-            f"characters {begin}..{end} of the prompt belong to no token; give the subject as a span"
-        )
+        raise PromptError(f"characters {begin}..{end} of the prompt belong to no token; give the subject as a span")
     return inside[0], inside[-1] + 1
 
 
@@ -183,9 +169,7 @@ def _target_id(tokenizer: Any, target: Any, vocabulary: int, first: bool) -> int
 def _only_token(tokenizer: Any, target: str, first: bool) -> int:
     ids = plain_ids(tokenizer, target)
     if not ids:
-        raise PromptError(
-            "the target is empty; give the text of one token, or None for the clean run's top token"
-        )
+        raise PromptError("the target is empty; give the text of one token, or None for the clean run's top token")
     if len(ids) > 1 and not first:
         pieces = [token_text(tokenizer, token_id) for token_id in ids]
         raise PromptError(

@@ -45,9 +45,7 @@ def distributions(logits: Tensor) -> np.ndarray:
     return logits.float().softmax(-1).cpu().numpy()
 
 
-def row_probabilities(
-    anatomy: Anatomy, states: Tensor, target: int, as_output: Callable[[Tensor], Any]
-) -> Tensor:
+def row_probabilities(anatomy: Anatomy, states: Tensor, target: int, as_output: Callable[[Tensor], Any]) -> Tensor:
     """p(target) of rows, float32 [row].
 
     Args:
@@ -58,9 +56,7 @@ def row_probabilities(
     """
     chunk = max(1, CHUNK_BYTES // (4 * anatomy.vocabulary))
     with torch.no_grad():
-        parts = (
-            [_tail(anatomy, part, target, as_output) for part in states.split(chunk)] if len(states) else []
-        )
+        parts = [_tail(anatomy, part, target, as_output) for part in states.split(chunk)] if len(states) else []
     return torch.cat(parts) if parts else torch.zeros(0, device=states.device)
 
 

@@ -195,17 +195,13 @@ def test_bad_input_is_an_error_before_anything_runs(options, error, message, mon
 def test_models_that_cannot_be_traced_are_refused():
     with pytest.raises(ModelError, match="no adapter for model type 'bert'; supported: gpt2, llama"):
         fasttrace.Tracer(
-            BertLMHeadModel(
-                BertConfig(num_hidden_layers=1, hidden_size=12, vocab_size=9, intermediate_size=8)
-            )
+            BertLMHeadModel(BertConfig(num_hidden_layers=1, hidden_size=12, vocab_size=9, intermediate_size=8))
         )
     with pytest.raises(ModelError, match="has no language-model head"):
         fasttrace.Tracer(GPT2Model(GPT2Config(n_layer=1, n_embd=12, vocab_size=9)))
     with pytest.raises(ModelError, match="encoder-decoder"):
         fasttrace.Tracer(
-            T5ForConditionalGeneration(
-                T5Config(num_layers=1, d_model=8, d_ff=8, num_heads=2, vocab_size=9, d_kv=4)
-            )
+            T5ForConditionalGeneration(T5Config(num_layers=1, d_model=8, d_ff=8, num_heads=2, vocab_size=9, d_kv=4))
         )
     with pytest.raises(ModelError, match="not a Hugging Face model"):
         fasttrace.Tracer(torch.nn.Linear(2, 2))
@@ -228,9 +224,7 @@ def test_a_local_folder_is_loaded_by_its_path(tmp_path):
     loaded = fasttrace.Tracer.from_pretrained(str(tmp_path))
     assert loaded.name == str(tmp_path)
     assert loaded.dtype == torch.float32
-    np.testing.assert_allclose(
-        trace(loaded).grid("block_output"), trace(tracer).grid("block_output"), rtol=1e-5
-    )
+    np.testing.assert_allclose(trace(loaded).grid("block_output"), trace(tracer).grid("block_output"), rtol=1e-5)
 
 
 def test_float16_on_a_cpu_becomes_bfloat16_and_says_so(tmp_path, caplog):

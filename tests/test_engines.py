@@ -209,7 +209,7 @@ def test_a_float16_overflow_advises_bfloat16():
     anatomy = anatomy_of(tiny_model("llama", torch.float16))
     with torch.no_grad():
         next(anatomy.down[1].parameters()).fill_(60000.0)
-    with pytest.raises(NumericsError, match="block 1 .* float16: load the model with dtype='bfloat16'"):
+    with pytest.raises(NumericsError, match=r"block 1 .* float16: load the model with dtype='bfloat16'"):
         ENGINES["wavefront"](anatomy, make_job(5, (1, 2), 1), lambda: None)
 
 

@@ -31,8 +31,7 @@ def test_fusing_lasts_as_long_as_the_context():
 def test_fused_and_plain_traces_agree(family):
     model = tiny_model(family)
     fast, plain = (
-        fasttrace.Tracer(model, fuse=fuse).trace([1, 2, 3, 4], subject=(0, 2), samples=2)
-        for fuse in (True, False)
+        fasttrace.Tracer(model, fuse=fuse).trace([1, 2, 3, 4], subject=(0, 2), samples=2) for fuse in (True, False)
     )
     for stream in fast.streams:
         torch.testing.assert_close(

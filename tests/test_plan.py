@@ -114,8 +114,7 @@ def test_replaced_and_unread_mlp_outputs_are_not_computed():
     shape = Shape(3, 4, (0, 1), 1)
     plan = plan_cells(shape, ((Edit("mlp_output", 1, 1),),))
     kept = [
-        block.n_tokens - (block.n_tokens if block.mlp_keep is None else len(block.mlp_keep))
-        for block in plan.blocks
+        block.n_tokens - (block.n_tokens if block.mlp_keep is None else len(block.mlp_keep)) for block in plan.blocks
     ]
     assert kept == [0, 1, 2], "one replaced in block 1; two of three tokens unread in the last block"
 
@@ -134,7 +133,7 @@ def test_tables_of_any_figure_are_well_formed(n_layers, n_positions, samples, wi
     previous = (1 + samples) * n_positions
     for block in plan.blocks:
         assert block.source is None or (block.source.min() >= 0 and block.source.max() < previous)
-        assert block.n_tokens == sum(len(g.base) * (n_positions - g.first) for g in block.groups)
+        assert block.n_tokens == sum(len(g.base) * g.tile_rows * (n_positions - g.first) for g in block.groups)
         assert [g.start for g in block.groups] == sorted({g.start for g in block.groups})
         for to, taken_from in ((block.attention_to, block.attention_from), (block.mlp_to, block.mlp_from)):
             assert len(set(to.tolist())) == len(to)
@@ -175,7 +174,7 @@ def test_an_edit_that_makes_no_sense_is_an_error(cells, message):
     "shape", [Shape(0, 5, (0, 1), 1), Shape(4, 5, (2, 2), 1), Shape(4, 5, (3, 6), 1), Shape(4, 5, (0, 1), 0)]
 )
 def test_a_shape_without_anything_to_trace_is_an_error(shape):
-    with pytest.raises(PlanError, match="trace|span"):
+    with pytest.raises(PlanError, match=r"trace|span"):
         plan_cells(shape, ())
 
 

@@ -57,7 +57,7 @@ def test_a_wavefront_that_crashes_steps_down_to_rows(family, monkeypatch):
 def test_no_engine_is_better_than_a_wrong_one(family, monkeypatch):
     for name in ("wavefront", "rows"):
         monkeypatch.setitem(ENGINES, name, wrong(ENGINES[name], 1.5))
-    with pytest.raises(EngineError, match="no engine is right .*wavefront differs.*rows differs"):
+    with pytest.raises(EngineError, match=r"no engine is right .*wavefront differs.*rows differs"):
         select.choose(anatomy_of(tiny_model(family)))
 
 

@@ -101,30 +101,20 @@ def anatomy_of(model: nn.Module) -> Anatomy:
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_input_embeddings"):
-        raise ModelError(
-            f"{type(model).__name__} is not a Hugging Face model; load one with AutoModelForCausalLM"
-        )
+        raise ModelError(f"{type(model).__name__} is not a Hugging Face model; load one with AutoModelForCausalLM")
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{type(model).__name__} is an encoder-decoder model; causal tracing needs a decoder-only one"
-        )
+        raise ModelError(f"{type(model).__name__} is an encoder-decoder model; causal tracing needs a decoder-only one")
     if model.get_output_embeddings() is None:
-        raise ModelError(
-            f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM"
-        )
+        raise ModelError(f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM")
     if any(parameter.is_meta for parameter in model.parameters()) and not hasattr(model, "hf_device_map"):
-        raise ModelError(
-            "the model has no weights (meta device); load it with from_pretrained, or call to_empty first"
-        )
+        raise ModelError("the model has no weights (meta device); load it with from_pretrained, or call to_empty first")
     return _dissected(model, _family_of(config.model_type))
 
 
 def _family_of(model_type: str) -> Family:
     family = FAMILIES.get(model_type)
     if family is None:
-        raise ModelError(
-            f"no adapter for model type {model_type!r}; supported: {', '.join(sorted(FAMILIES))}"
-        )
+        raise ModelError(f"no adapter for model type {model_type!r}; supported: {', '.join(sorted(FAMILIES))}")
     return family
 
 

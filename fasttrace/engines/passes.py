@@ -48,9 +48,7 @@ def run_in_passes(
             by_cells.append(ENGINES[engine](anatomy, replace(part, target=target), tick))
             target = by_cells[0].target
         by_samples.append(replace(by_cells[0], cells=np.concatenate([scores.cells for scores in by_cells])))
-    return _joined(by_samples), total(
-        cost_of_job(engine, anatomy, part) for parts in passes for part in parts
-    )
+    return _joined(by_samples), total(cost_of_job(engine, anatomy, part) for parts in passes for part in parts)
 
 
 def _joined(by_samples: list[Scores]) -> Scores:

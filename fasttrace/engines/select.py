@@ -120,8 +120,7 @@ def _check_cells(n_layers: int, n_positions: int, span: tuple[int, int]) -> tupl
     places = ((n_layers // 4, span[0]), (n_layers // 2, n_positions - 1))
     return tuple(
         tuple(
-            Edit(stream, block, position)
-            for block in window_of(layer, 1 if stream == "block_output" else 3, n_layers)
+            Edit(stream, block, position) for block in window_of(layer, 1 if stream == "block_output" else 3, n_layers)
         )
         for stream in STREAMS
         for layer, position in places

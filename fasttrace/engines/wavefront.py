@@ -41,9 +41,7 @@ def run(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
         stack.enter_context(raw_output_hook(anatomy.blocks[-1], last_block.split))
         logits = base_logits(anatomy, job)
     if state.calls != anatomy.n_layers:
-        raise EngineError(
-            f"{state.calls} of {anatomy.n_layers} blocks attended through the pack; use engine='rows'"
-        )
+        raise EngineError(f"{state.calls} of {anatomy.n_layers} blocks attended through the pack; use engine='rows'")
     return last_block.scores(logits, job.target)
 
 
@@ -70,11 +68,7 @@ class _Step:
     def _grow_side(self, side_input: Tensor) -> Tensor:
         """[1 or base row, position, ...] -> [1, token, ...]; other tensors, the mask first, are left as they are."""
         n_base, n_positions = self.state.n_base, self.state.n_positions
-        if (
-            side_input.dim() < 2
-            or side_input.shape[1] != n_positions
-            or side_input.shape[0] not in (1, n_base)
-        ):
+        if side_input.dim() < 2 or side_input.shape[1] != n_positions or side_input.shape[0] not in (1, n_base):
             return side_input
         if side_input.dim() == 4 and side_input.shape[1:] == (1, n_positions, n_positions):
             return side_input
@@ -85,7 +79,9 @@ class _Step:
 
 def _groups_of(block: BlockPlan, device: torch.device) -> tuple[GroupOnDevice, ...]:
     return tuple(
-        GroupOnDevice(group.first, group.start, len(group.base), torch.from_numpy(group.base).to(device))
+        GroupOnDevice(
+            group.first, group.start, group.tile_rows, len(group.base), torch.from_numpy(group.base).to(device)
+        )
         for group in block.groups
     )
 
