@@ -182,14 +182,23 @@ def _tile_rows(shape: Shape, first: np.ndarray) -> np.ndarray:
 def _signatures(shape: Shape, table: EditTable) -> np.ndarray:
     """[cell, block] a number for the set of edits a cell has in a block, 0 for none."""
     signatures = np.zeros((len(table.constant), shape.n_layers), dtype=np.int64)
-    code = ((table.kind * shape.n_positions + table.position) * 2 + table.clean).tolist()
-    sets: dict[tuple[int, int], tuple[int, ...]] = {}
-    for key, number in zip(zip(table.cell.tolist(), table.block.tolist(), strict=True), code, strict=True):
-        sets[key] = (*sets.get(key, ()), number)
+    code = 1 + (table.kind * shape.n_positions + table.position) * 2 + table.clean
+    begins = np.flatnonzero(_changes(table.cell * shape.n_layers + table.block))
+    signatures[table.cell[begins], table.block[begins]] = code[begins]
+    ends = np.append(begins[1:], len(code))
+    several = ends - begins > 1
     known: dict[tuple[int, ...], int] = {}
-    for (cell, block), edits in sets.items():
-        signatures[cell, block] = known.setdefault(edits, len(known) + 1)
-    return signatures
+    for begin, end in zip(begins[several], ends[several], strict=True):
+        edits = tuple(code[begin:end].tolist())
+        signatures[table.cell[begin], table.block[begin]] = -known.setdefault(edits, len(known) + 1)
+    return np.where(signatures < 0, 6 * shape.n_positions - signatures, signatures)
+
+
+def _changes(values: np.ndarray) -> np.ndarray:
+    """Whether an item differs from the one before it; the first one does."""
+    changes = np.ones(len(values), dtype=bool)
+    np.not_equal(values[1:], values[:-1], out=changes[1:])
+    return changes
 
 
 def _advance(shape: Shape, rows: _Rows, edits: EditTable, signature: np.ndarray, layout: Layout) -> _Rows:
@@ -282,7 +291,7 @@ def _groups(shape: Shape, rows: _Rows) -> tuple[Group, ...]:
     base = np.concatenate((np.arange(n_base), 1 + rows.sample))
     first = np.concatenate((np.zeros(n_base, dtype=np.int64), rows.first[rows.number]))
     tile_rows = np.concatenate((np.ones(n_base, dtype=np.int64), rows.tile_rows))
-    begins = np.flatnonzero(np.diff(first, prepend=-1) | np.diff(tile_rows, prepend=0))
+    begins = np.flatnonzero(_changes(first) | _changes(tile_rows))
     starts = np.concatenate(([0], np.cumsum(shape.n_positions - first)))
     return tuple(
         Group(int(first[begin]), int(starts[begin]), int(tile_rows[begin]), base[begin : end : tile_rows[begin]])
