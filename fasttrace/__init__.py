@@ -1,19 +1,26 @@
-"""Causal tracing of language models: the whole figure in one forward pass of the unmodified model."""
+"""Causal tracing of language models: the whole figure in one forward pass of the unmodified model.
 
-from fasttrace.api import Tracer
-from fasttrace.cells import SITES, STREAMS
-from fasttrace.cost import Cost
-from fasttrace.engines import ENGINES
-from fasttrace.errors import (
-    EngineError,
-    FasttraceError,
-    ModelError,
-    NumericsError,
-    PlanError,
-    PromptError,
-    StoreError,
-)
-from fasttrace.results import TraceResult, load
+Names are imported when they are first asked for, so that the command line starts without loading torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fasttrace.api import Tracer
+    from fasttrace.cells import SITES, STREAMS
+    from fasttrace.cost import Cost
+    from fasttrace.engines import ENGINES
+    from fasttrace.errors import (
+        EngineError,
+        FasttraceError,
+        ModelError,
+        NumericsError,
+        PlanError,
+        PromptError,
+        StoreError,
+    )
+    from fasttrace.results import TraceResult, load
 
 __version__ = "0.1.0"
 
@@ -33,3 +40,18 @@ __all__ = [
     "Tracer",
     "load",
 ]
+
+_HOMES = {"Tracer": "api", "SITES": "cells", "STREAMS": "cells", "Cost": "cost", "ENGINES": "engines"}
+_HOMES |= {"TraceResult": "results", "load": "results"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'fasttrace' has no attribute {name!r}")
+    home = import_module(f"fasttrace.{_HOMES.get(name, 'errors')}")
+    globals()[name] = getattr(home, name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -73,7 +73,7 @@ _STATE: ContextVar[RaggedState | None] = ContextVar("fasttrace_ragged_state", de
 
 
 @contextmanager
-def ragged_attention(model: nn.Module, state: RaggedState) -> Iterator[None]:
+def ragged_attention(model: PreTrainedModel, state: RaggedState) -> Iterator[None]:
     """While open, the model attends through the pack.
 
     Raises:
@@ -92,7 +92,7 @@ def ragged_attention(model: nn.Module, state: RaggedState) -> Iterator[None]:
         _STATE.reset(token)
 
 
-def safe_implementation(model: nn.Module) -> str:
+def safe_implementation(model: PreTrainedModel) -> str:
     """The implementation whose arithmetic the groups are computed with: the model's, if it takes any mask."""
     chosen = model.config._attn_implementation
     if chosen in ("eager", "sdpa"):
@@ -108,7 +108,8 @@ def _attend(
     Args:
         module: the attention module that calls.
         query: [1, head, token, d_head].
-        key, value: [1, kv_head, token, d_head].
+        key: [1, kv_head, token, d_head].
+        value: the same.
         attention_mask: of one whole prompt, see `_full_mask`.
         kwargs: handed on as they are.
 
@@ -158,7 +159,7 @@ def _running() -> RaggedState:
 
 
 def _arithmetic(module: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Any]]:
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
 
 

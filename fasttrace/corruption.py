@@ -68,7 +68,9 @@ def draw(span: tuple[int, int], d_model: int, *, sigma: float, samples: int, see
     return Corruption(span, sigma, seed, torch.from_numpy(drawn))
 
 
-def sigma_of(noise: float | str, embedding: nn.Module, subjects: Sequence[Sequence[int]], device: object) -> float:
+def sigma_of(
+    noise: float | str, embedding: nn.Module, subjects: Sequence[Sequence[int]], device: torch.device | str
+) -> float:
     """The standard deviation that a noise rule stands for.
 
     Args:
@@ -97,7 +99,7 @@ def _factor(rule: str) -> float:
     return float(match[1] or 1)
 
 
-def _embedding_std(embedding: nn.Module, subjects: Sequence[Sequence[int]], device: object) -> float:
+def _embedding_std(embedding: nn.Module, subjects: Sequence[Sequence[int]], device: torch.device | str) -> float:
     with torch.no_grad():
         outputs = [embedding(torch.tensor([list(ids)], device=device)).float().flatten() for ids in subjects]
     return torch.cat(outputs).std().item()

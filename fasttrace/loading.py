@@ -1,7 +1,7 @@
 """Names to models: a Hugging Face id, a local folder or "smollm2"; dtype and device by name."""
 
 import logging
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -35,7 +35,9 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The type of that name; "auto" is float16 on a GPU and float32 on a CPU, where float16 is unusably slow and becomes bfloat16.
+    """The type of that name; "auto" is float16 on a GPU and float32 on a CPU.
+
+    On a CPU float16 is unusably slow and becomes bfloat16, with a message.
 
     Raises:
         ModelError: not a name of a floating-point type.
@@ -69,7 +71,8 @@ def load(name: str, dtype: torch.dtype, device: torch.device, revision: str | No
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"{name} is not a model with a causal language-model head: {_first_line(error)}") from error
-    return model.to(device).eval(), _tokenizer_of(source, revision)
+    cast(nn.Module, model).to(device)
+    return model.eval(), _tokenizer_of(source, revision)
 
 
 def _source_of(name: str) -> str:

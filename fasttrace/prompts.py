@@ -88,7 +88,7 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _checked_ids(prompt: Sequence[int]) -> list[int]:
+def _checked_ids(prompt: Sequence[Any]) -> list[int]:
     ids = list(prompt)
     if not all(isinstance(token_id, int) for token_id in ids):
         raise PromptError(f"a prompt is text or a list of whole token ids; found {ids!r}")

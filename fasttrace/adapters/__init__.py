@@ -3,9 +3,11 @@
 import inspect
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from fasttrace.adapters.families import FAMILIES, Family
 from fasttrace.cost import UnitWork
@@ -25,7 +27,7 @@ class Anatomy:
         attention, mlp, down: of each block, the modules named in `Family`.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     embedding: nn.Module
     blocks: tuple[nn.Module, ...]
     attention: tuple[nn.Module, ...]
@@ -64,7 +66,7 @@ class Anatomy:
     @cached_property
     def vocabulary(self) -> int:
         """Width of the logits."""
-        return self.model.get_output_embeddings().weight.shape[0]
+        return _head_of(self.model).weight.shape[0]
 
     @cached_property
     def keeps_logits(self) -> bool:
@@ -89,11 +91,11 @@ class Anatomy:
             attention=tuple(map(_matrix_flops, self.attention)),
             mlp=tuple(map(_matrix_flops, self.mlp)),
             pair=4 * config.num_attention_heads * head_dim,
-            head=_matrix_flops(self.model.get_output_embeddings()),
+            head=_matrix_flops(_head_of(self.model)),
         )
 
 
-def anatomy_of(model: nn.Module) -> Anatomy:
+def anatomy_of(model: Any) -> Anatomy:
     """Finds the parts of a model.
 
     Raises:
@@ -118,7 +120,7 @@ def _family_of(model_type: str) -> Family:
     return family
 
 
-def _dissected(model: nn.Module, family: Family) -> Anatomy:
+def _dissected(model: PreTrainedModel, family: Family) -> Anatomy:
     blocks = tuple(model.get_submodule(family.blocks).children())
 
     def of_each_block(path: str) -> tuple[nn.Module, ...]:
@@ -136,6 +138,10 @@ def _dissected(model: nn.Module, family: Family) -> Anatomy:
 
 def _matrix_flops(module: nn.Module) -> int:
     return 2 * sum(parameter.numel() for parameter in module.parameters() if parameter.dim() >= 2)
+
+
+def _head_of(model: PreTrainedModel) -> Any:
+    return model.get_output_embeddings()
 
 
 def _input_width(projection: nn.Module) -> int:

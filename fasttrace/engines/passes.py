@@ -21,6 +21,9 @@ Progress = Callable[[int, int], None]
 MEMORY_SHARE = 0.5
 """Part of the free memory that an automatic budget lets a pack's activations take."""
 
+CPU_TOKENS = 8192
+"""Largest pack that an automatic budget makes on a CPU: larger ones leave its caches and run slower per token."""
+
 
 def run_in_passes(
     engine: str, anatomy: Anatomy, job: Job, budget: int | str = "auto", progress: Progress | None = None
@@ -86,7 +89,8 @@ def _peak_tokens(engine: str, anatomy: Anatomy, job: Job) -> int:
 
 def _tokens_allowed(anatomy: Anatomy, budget: int | str) -> int:
     if budget == "auto":
-        return max(1, int(MEMORY_SHARE * _free_bytes(anatomy.device) / anatomy.bytes_per_token))
+        by_memory = max(1, int(MEMORY_SHARE * _free_bytes(anatomy.device) / anatomy.bytes_per_token))
+        return min(by_memory, CPU_TOKENS) if anatomy.device.type == "cpu" else by_memory
     if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
         raise PlanError(f'budget is {budget!r}: give "auto", or the largest number of tokens of a pack, >= 1')
     return budget

@@ -17,20 +17,19 @@ from fasttrace.readout import Scores, check_finite, distributions, row_probabili
 
 @dataclass(frozen=True)
 class BlockTables:
-    """`plan.BlockPlan` as int64 tensors; empty edits are None."""
+    """`plan.BlockPlan` as int64 tensors; empty edits are None, `mlp_computed` is (keep, spread)."""
 
     source: Tensor | None
     origin: Tensor
     attention: tuple[Tensor, Tensor] | None
     mlp: tuple[Tensor, Tensor] | None
-    mlp_keep: Tensor | None
-    mlp_spread: Tensor | None
+    mlp_computed: tuple[Tensor, Tensor] | None
 
 
 def tables_of(block: BlockPlan, device: torch.device) -> BlockTables:
     """Moves one block's tables."""
 
-    def move(table: np.ndarray | None) -> Tensor | None:
+    def move(table: np.ndarray | None) -> Any:
         return None if table is None else torch.from_numpy(table).to(device, non_blocking=True)
 
     def pair(to: np.ndarray, taken_from: np.ndarray) -> Any:
@@ -38,11 +37,10 @@ def tables_of(block: BlockPlan, device: torch.device) -> BlockTables:
 
     return BlockTables(
         source=move(block.source),
-        origin=torch.from_numpy(block.origin).to(device, non_blocking=True),
+        origin=move(block.origin),
         attention=pair(block.attention_to, block.attention_from),
         mlp=pair(block.mlp_to, block.mlp_from),
-        mlp_keep=move(block.mlp_keep),
-        mlp_spread=move(block.mlp_spread),
+        mlp_computed=None if block.mlp_keep is None else (move(block.mlp_keep), move(block.mlp_spread)),
     )
 
 

@@ -91,7 +91,7 @@ def _hook_block(stack: ExitStack, anatomy: Anatomy, step: _Step) -> None:
     stack.enter_context(input_hook(anatomy.blocks[step.number], step.enter))
     if tables.attention is not None:
         stack.enter_context(output_hook(attention, lambda hidden: restore(hidden, tables.attention)))
-    if tables.mlp_keep is not None:
-        keep, spread = tables.mlp_keep, tables.mlp_spread
+    if tables.mlp_computed is not None:
+        keep, spread = tables.mlp_computed
         stack.enter_context(hidden_hook(mlp, lambda hidden: hidden.index_select(1, keep)))
         stack.enter_context(output_hook(mlp, lambda hidden: hidden.index_select(1, spread)))

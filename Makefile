@@ -1,0 +1,51 @@
+# Every target makes .venv and installs what it needs the first time, and again when the pins below change.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: help demo test check format bench bench-peers clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo         trace one prompt on the embedded model and draw it into out/demo"
+	@echo "make test         run the tests"
+	@echo "make check        ruff and pyright"
+	@echo "make format       let ruff rewrite what it can"
+	@echo "make bench        measure this machine"
+	@echo "make bench-peers  compare with other tools"
+	@echo "make clean        remove .venv, caches and out/"
+	@echo 'ARGS="..." is passed on, e.g. make test ARGS="-k cli -x"'
+
+demo: $(VENV)/.with-plot
+	$(BIN)/fasttrace demo $(ARGS)
+
+test: $(VENV)/.with-test
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.with-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.with-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.with-bench
+	$(BIN)/python -m bench.run $(ARGS)
+
+bench-peers: $(VENV)/.with-peers
+	$(BIN)/python -m bench.peers $(ARGS)
+
+clean:
+	rm -rf $(VENV) out build dist .pytest_cache .ruff_cache .hypothesis .benchmarks
+
+$(VENV)/.with-%: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing fasttrace[$*] into $(VENV) (the first time takes a few minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$*]" -c constraints.txt
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, found " + sys.version.split()[0] + ": name another one, make PYTHON=python3.12 ...")'
+	@$(PYTHON) -m venv $(VENV)

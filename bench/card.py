@@ -1,0 +1,82 @@
+"""Which machine, which versions, which commit: what every number is carried with."""
+
+import os
+import platform
+import re
+import subprocess
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fasttrace
+
+# Instruction sets that decide how fast a matmul can be.
+ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
+PACKAGES = ("torch", "transformers", "pyvene", "triton")
+
+
+def card(device: str = "cpu") -> dict[str, Any]:
+    """The machine, the versions of what runs, and the commit."""
+    return {
+        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "isa": [flag for flag in ISA_FLAGS if flag in _cpu_flags()],
+        "python": platform.python_version(),
+        "versions": {"fasttrace": fasttrace.__version__} | _versions(),
+        "commit": commit(),
+    }
+
+
+def print_card(about: dict[str, Any]) -> None:
+    """The card, in four lines."""
+    print(f"device: {about['device']}, {about['cores']} cores, {about['threads']} threads")
+    print(f"isa: {' '.join(about['isa']) or 'unknown'}")
+    print("versions:", " ".join(f"{name}={found}" for name, found in about["versions"].items()))
+    print(f"commit: {about['commit']}")
+
+
+def slug(about: dict[str, Any]) -> str:
+    """The device as a folder name."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{about['device']} {about['cores']} cores".lower()).strip("-")
+
+
+def cpu_name() -> str:
+    """The CPU's model name, or its architecture where the system does not tell."""
+    names = re.findall(r"^model name\s*: (.*)$", _cpu_info(), re.MULTILINE)
+    return names[0].strip() if names else platform.machine()
+
+
+def commit() -> str:
+    """The short commit, with `-dirty` if tracked files differ from it; `unknown` outside of git."""
+    try:
+        found = _git("rev-parse", "--short=10", "HEAD")
+        return f"{found}-dirty" if _git("status", "--porcelain", "--untracked-files=no") else found
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(*arguments: str) -> str:
+    command, here = ["git", *arguments], Path(__file__).parent
+    return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _cpu_flags() -> set[str]:
+    found = re.search(r"^flags\s*: (.*)$", _cpu_info(), re.MULTILINE)
+    return set(found[1].split()) if found else set()
+
+
+def _cpu_info() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

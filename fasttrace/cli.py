@@ -1,0 +1,389 @@
+"""The command line. It parses, shows progress, prints and chooses exit codes; everything else is in the API.
+
+Exit codes: 0 done, 1 `verify` found other numbers, 2 an error that a message explains, 130 interrupted.
+"""
+
+import importlib.metadata
+import json
+import logging
+import platform
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from fasttrace import __version__, outputs, summary, tutorial
+from fasttrace import demo as embedded
+from fasttrace.cells import SITES, STREAMS, windows_of
+from fasttrace.errors import FasttraceError, PromptError, StoreError
+
+if TYPE_CHECKING:
+    from fasttrace.api import Tracer
+    from fasttrace.results import TraceResult
+
+__all__ = ["app"]
+
+SHOWN_PACKAGES = ("torch", "transformers", "accelerate", "numpy", "pandas", "pyarrow", "plotnine", "triton")
+
+
+class _Guarded(TyperGroup):
+    """Turns the errors a user can meet into one line on stderr and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FasttraceError as error:
+            if ctx.params.get("debug"):
+                raise
+            _tell(f"error: {error}")
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt as error:
+            _tell(f"interrupted: {str(error) or 'nothing half-written was left'}")
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Guarded,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Causal tracing of language models: where in the network does a prompt's answer come from?",
+)
+
+Model = Annotated[str, typer.Option(help='Hugging Face id, local folder, or "smollm2", the embedded model.')]
+Revision = Annotated[str | None, typer.Option(help="Revision of the Hugging Face repository.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0, ...")]
+Engine = Annotated[str, typer.Option(help="auto, wavefront, rows or reference.")]
+Fuse = Annotated[bool, typer.Option("--fuse/--no-fuse", help="Fuse activations while a trace runs.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another run's files in the folder.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fasttrace {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version),
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the figure, the CSV files and the parquet.")] = Path("out/demo"),
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    engine: Engine = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Trace one fact on the embedded model, all three streams, and draw the figure."""
+    case = embedded.CASE
+    request = {"subject": case.subject, "target": case.target, "samples": case.samples}
+    wanted = _wanted(embedded.MODEL_NAME, case.prompt, request, {"dtype": dtype})
+    outputs.check_folder(out, wanted, overwrite)
+    tracer = _load(embedded.MODEL_NAME, dtype=dtype, device=device)
+    result = _trace(tracer, case.prompt, engine=engine, **request)
+    typer.echo(summary.result_text(result))
+    _write(result, out, overwrite)
+
+
+@app.command()
+def trace(
+    prompt: Annotated[str, typer.Argument(help="Text the model continues.")],
+    subject: Annotated[str | None, typer.Option(help="Part of the prompt whose embeddings are corrupted.")] = None,
+    span: Annotated[str | None, typer.Option(help="The same as a half-open token range, e.g. 0:4.")] = None,
+    target: Annotated[str | None, typer.Option(help="Next token to follow; default: the clean run's first.")] = None,
+    model: Model = embedded.MODEL_NAME,
+    stream: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Repeatable, one of {', '.join(SITES)}; default: {', '.join(STREAMS)}."),
+    ] = None,
+    window: Annotated[int, typer.Option(help="Blocks restored together (block streams: always 1).")] = 10,
+    noise: Annotated[str, typer.Option(help='Standard deviation, or "s3": 3 x that of the embeddings.')] = "s3",
+    noise_subjects: Annotated[
+        Path | None, typer.Option(help="Subjects to measure s3 on: one per line, or JSON with a key subject.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Noise draws, averaged.")] = 10,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 1,
+    engine: Engine = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    budget: Annotated[str, typer.Option(help="Largest number of tokens in one pass, or auto.")] = "auto",
+    first_target_token: Annotated[
+        bool, typer.Option("--first-target-token", help="Follow the first token of a longer target.")
+    ] = False,
+    ids: Annotated[bool, typer.Option("--ids", help="PROMPT, and a numeric target, are token ids.")] = False,
+    revision: Revision = None,
+    fuse: Fuse = True,
+    out: Annotated[Path | None, typer.Option(help="Folder for figure, CSV files and parquet.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, nothing else.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Trace a prompt: one grid of restored probabilities per stream."""
+    request = {
+        "subject": _subject(subject, span),
+        "target": int(target) if ids and target and target.isdecimal() else target,
+        "streams": tuple(stream or STREAMS),
+        "window": window,
+        "noise": _number_or_text(noise, float),
+        "samples": samples,
+        "seed": seed,
+        "first_target_token": first_target_token,
+    }
+    loading = {"dtype": dtype, "revision": revision}
+    if out is not None:
+        outputs.check_folder(out, _wanted(model, prompt, request, loading, ids=ids), overwrite)
+    subjects = None if noise_subjects is None else _read_subjects(noise_subjects)
+    tracer = _load(model, device=device, fuse=fuse, **loading)
+    tokens = _token_ids(prompt) if ids else prompt
+    rest = {"noise_subjects": subjects, "engine": engine, "budget": _number_or_text(budget, int)}
+    result = _trace(tracer, tokens, **request, **rest)
+    typer.echo(json.dumps(result.summary(), ensure_ascii=False) if as_json else summary.result_text(result))
+    if out is not None:
+        _write(result, out, overwrite, say=_tell if as_json else typer.echo)
+
+
+@app.command()
+def plot(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run, or its trace.parquet.")],
+    stream: Annotated[str | None, typer.Option(help="Draw this stream alone.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A .png, .pdf or .svg; default: in the folder.")] = None,
+    dpi: Annotated[int, typer.Option(help="Dots per inch of a PNG.", min=1)] = 200,
+) -> None:
+    """Draw the figure of a run again."""
+    from fasttrace.results import load
+
+    data = folder / outputs.DATA_FILE if folder.is_dir() else folder
+    result = load(data)
+    path = out or data.parent / (outputs.FIGURE_FILE if stream is None else f"{stream}.png")
+    _save_plot(result, stream, path, dpi)
+    typer.echo(f"wrote {path}")
+
+
+@app.command()
+def info(
+    model: Annotated[str | None, typer.Argument(help="Show the engine this model would get.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+) -> None:
+    """Show versions, devices, the dtype each gets, the cache, and the engine of a model."""
+    typer.echo(summary.table(_environment()))
+    if model is not None:
+        tracer = _load(model, dtype=dtype, device=device, revision=revision)
+        typer.echo(summary.table(_engine_rows(tracer)))
+
+
+@app.command()
+def verify(
+    model: Model = tutorial.MODEL_NAME,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    engine: Engine = "auto",
+    revision: Revision = None,
+    tolerance: Annotated[float, typer.Option(help="Relative error of p up to which the numbers agree.")] = 1e-3,
+    out: Annotated[Path | None, typer.Option(help="Folder for figure, CSV files and parquet.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Run the tutorial's case and show its published numbers beside the ones found here."""
+    case = tutorial.CASE
+    request = {
+        "subject": case.subject,
+        "target": case.target,
+        "samples": case.samples,
+        "noise": tutorial.NOISE,
+        "window": tutorial.WINDOW,
+        "first_target_token": True,
+    }
+    if out is not None:
+        outputs.check_folder(out, _wanted(model, case.prompt, request, {"dtype": dtype}), overwrite)
+    tracer = _load(model, dtype=dtype, device=device, revision=revision)
+    result = _trace(tracer, case.prompt, engine=engine, **request)
+    typer.echo(summary.result_text(result))
+    typer.echo("\n" + summary.comparison_text(result, tolerance))
+    if out is not None:
+        _write(result, out, overwrite)
+    if not all(comparison.relative_error <= tolerance for comparison in tutorial.compare(result)):
+        _tell(f"{model} does not give the published numbers (relative tolerance {tolerance:g})")
+        raise typer.Exit(1)
+
+
+def _tell(message: str) -> None:
+    typer.echo(message, err=True)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _subject(text: str | None, span: str | None) -> str | tuple[int, int]:
+    if (text is None) == (span is None):
+        raise PromptError("the subject is missing or given twice: give --subject TEXT or --span BEGIN:END, one of them")
+    if text is not None:
+        return text
+    match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", span or "")
+    if match is None:
+        raise PromptError(f"--span is {span!r}, expected two token positions such as 0:4 (half open)")
+    return int(match[1]), int(match[2])
+
+
+def _token_ids(text: str) -> list[int]:
+    words = re.split(r"[\s,]+", text.strip())
+    if not all(word.isdecimal() for word in words):
+        raise PromptError(f"the prompt is {text!r}, expected token ids such as '464 4687' because of --ids")
+    return [int(word) for word in words]
+
+
+def _number_or_text(text: str, number: Callable[[str], Any]) -> Any:
+    try:
+        return number(text)
+    except ValueError:
+        return text
+
+
+def _read_subjects(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text) if path.suffix == ".json" else text.splitlines()
+        subjects = [item["subject"] if isinstance(item, dict) else item for item in found]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise StoreError(
+            f"cannot read subjects from {path} ({error!r}): give a text file with one subject per line, or a JSON list"
+        ) from error
+    subjects = [subject for subject in subjects if isinstance(subject, str) and subject.strip()]
+    if not subjects:
+        raise StoreError(f"{path} holds no subjects: give one per line")
+    return subjects
+
+
+def _wanted(model: str, prompt: str, request: dict[str, Any], loading: dict[str, Any], ids: bool = False) -> dict:
+    """What is known of a run before it is computed, by the keys of `outputs.identity`."""
+    subject, target = request["subject"], request["target"]
+    known = {
+        "model": model,
+        "prompt": None if ids else prompt,
+        "noise": request.get("noise", "s3"),
+        "samples": request["samples"],
+        "seed": request.get("seed", 1),
+        "windows": windows_of(request.get("streams", STREAMS), request.get("window", 10)),
+        **({"subject": subject.strip()} if isinstance(subject, str) else {"span": subject}),
+    }
+    if isinstance(target, str) and not request.get("first_target_token"):
+        known["target"] = target
+    if loading["dtype"] in ("float32", "bfloat16", "float64"):
+        known["dtype"] = loading["dtype"]
+    return known
+
+
+def _load(model: str, **options: Any) -> "Tracer":
+    if model == embedded.MODEL_NAME:
+        embedded.model_folder(progress=_tell)
+    _tell(f"loading {model}")
+    from transformers.utils.logging import disable_progress_bar
+
+    from fasttrace.api import Tracer
+
+    disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the error that follows says it once
+    return Tracer.from_pretrained(model, **options)
+
+
+def _trace(tracer: "Tracer", prompt: str | list[int], **options: Any) -> "TraceResult":
+    with _progress() as progress:
+        return tracer.trace(prompt, progress=progress, **options)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal; one plain line where stderr goes to a file."""
+    from tqdm import tqdm
+
+    if not sys.stderr.isatty():
+        _tell("tracing")
+    with tqdm(desc="tracing", unit="block", leave=False, disable=not sys.stderr.isatty()) as bar:
+
+        def update(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield update
+
+
+def _write(result: "TraceResult", out: Path, overwrite: bool, say: Callable[[str], None] = typer.echo) -> None:
+    outputs.check_folder(out, outputs.identity(result), overwrite)
+    figure = find_spec("plotnine") is not None
+    paths = outputs.write_run(result, out, figure=figure)
+    say("\nwrote\n" + "\n".join(f"  {path}" for path in paths))
+    if not figure:
+        say(f'no figure without plotnine: pip install "fasttrace[plot]", then fasttrace plot {out}')
+
+
+def _save_plot(result: "TraceResult", stream: str | None, path: Path, dpi: int) -> None:
+    from fasttrace.plots import save_figure
+
+    save_figure(result if stream is None else _only(result, stream), path, dpi)
+
+
+def _only(result: "TraceResult", stream: str) -> "TraceResult":
+    from dataclasses import replace
+
+    result.grid(stream)  # raises for a stream that was not traced
+    return replace(result, prob={stream: result.prob[stream]}, prob_std={stream: result.prob_std[stream]})
+
+
+def _environment() -> list[tuple[str, str]]:
+    from fasttrace.loading import choose_device
+
+    cache = embedded.cache_folder()
+    there = "there" if embedded.has_model() else "not there yet; the first use fetches it (93 MB)"
+    return [
+        ("fasttrace", __version__),
+        ("python", f"{platform.python_version()} on {platform.platform()}"),
+        *((package, _version(package)) for package in SHOWN_PACKAGES),
+        *_device_rows(),
+        ("device auto", str(choose_device("auto"))),
+        ("cache", str(cache)),
+        (embedded.MODEL_NAME, there),
+    ]
+
+
+def _device_rows() -> Iterator[tuple[str, str]]:
+    import torch
+
+    yield (
+        "cpu",
+        f"{torch.get_num_threads()} threads; dtype auto: float32, because float16 is far slower on a CPU",
+    )
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        yield f"cuda:{index}", f"{properties.name}, {memory}; dtype auto: float16, the fastest there"
+
+
+def _engine_rows(tracer: "Tracer") -> list[tuple[str, str]]:
+    choice = tracer.choose_engine()
+    error = choice.self_check_error
+    checked = "not run" if error is None else f"log-probabilities differ by at most {error:.1e} from plain passes"
+    return [
+        ("model", f"{tracer.name} ({type(tracer.model).__name__}), {tracer.dtype} on {tracer.device}"),
+        ("engine", f"{choice.name}: {choice.reason}"),
+        ("self-check", checked),
+    ]

@@ -1,0 +1,147 @@
+"""The folder of one run: figure, one CSV per stream, and everything as parquet.
+
+A folder belongs to one run. Before anything is computed, and again before anything is written, the run that
+lies there is compared with the one that is to be written.
+"""
+
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fasttrace.cells import SITES
+from fasttrace.errors import StoreError
+
+if TYPE_CHECKING:
+    from fasttrace.results import TraceResult
+
+__all__ = ["DATA_FILE", "FIGURE_FILE", "check_folder", "identity", "write_run"]
+
+DATA_FILE = "trace.parquet"
+FIGURE_FILE = "figure.png"
+CSV_FILES = tuple(f"{site}.csv" for site in SITES)
+KEPT_METADATA = ("model", "revision", "prompt", "noise", "sigma", "samples", "seed", "dtype")
+
+
+def identity(result: "TraceResult") -> dict[str, Any]:
+    """What makes a run the same run: all that changes its numbers by more than rounding."""
+    return {name: result.metadata.get(name) for name in KEPT_METADATA} | {
+        "span": tuple(result.span),
+        "target": result.target,
+        "target_id": result.target_id,
+        "windows": dict(result.windows),
+    }
+
+
+def check_folder(folder: Path, wanted: Mapping[str, Any], overwrite: bool = False) -> None:
+    """Refuses a folder that cannot be written or that holds another run.
+
+    Args:
+        folder: where a run is to be written; it need not exist.
+        wanted: what is known of the run so far, by the keys of `identity` (or "subject").
+        overwrite: another run's files may be replaced.
+
+    Raises:
+        StoreError: it says which values differ, or why the folder cannot be used.
+    """
+    _check_writable(folder)
+    ours = [name for name in (DATA_FILE, FIGURE_FILE, *CSV_FILES) if (folder / name).exists()]
+    if not ours or overwrite:
+        return
+    differences = _differences(wanted, _known_run(folder, ours))
+    if differences:
+        raise StoreError(
+            f"{folder} holds another run ({'; '.join(differences)}): give another folder with --out, or "
+            "--overwrite to replace that run"
+        )
+
+
+def write_run(result: "TraceResult", folder: Path, figure: bool = True) -> list[Path]:
+    """Writes a run's files; a new folder appears whole or not at all, in an old one each file does.
+
+    Files of an earlier run that this one does not replace are removed; files of others are left alone.
+
+    Args:
+        result: the trace.
+        folder: its folder, made when missing.
+        figure: draw `figure.png` too, which needs plotnine.
+
+    Returns:
+        The paths written.
+
+    Raises:
+        StoreError: the folder cannot be written; nothing half-written stays.
+    """
+    target = folder.resolve()
+    with _scratch_beside(target) as scratch:
+        result.to_csv(scratch)
+        result.save(scratch / DATA_FILE)
+        if figure:
+            _draw(result, scratch / FIGURE_FILE)
+        names = [FIGURE_FILE] * figure + [f"{stream}.csv" for stream in result.streams] + [DATA_FILE]
+        _move_into(target, scratch, names)
+    return [folder / name for name in names]
+
+
+def _draw(result: "TraceResult", path: Path) -> None:
+    from fasttrace.plots import save_figure
+
+    save_figure(result, path)
+
+
+def _check_writable(folder: Path) -> None:
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if not existing.is_dir():
+        raise StoreError(f"{existing} is a file, expected a folder: give another one with --out")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise StoreError(f"{existing} cannot be written to: give another folder with --out")
+
+
+def _known_run(folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    from fasttrace.results import load
+
+    try:
+        result = load(folder / DATA_FILE)
+    except StoreError as error:
+        raise StoreError(
+            f"{folder} holds {', '.join(names)} of a run that cannot be told ({error}): give another folder "
+            "with --out, or --overwrite to replace them"
+        ) from error
+    return identity(result) | {"subject": result.metadata.get("subject")}
+
+
+def _differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    return [f"{key} {found[key]!r} there, {wanted[key]!r} here" for key in wanted if not _same(found[key], wanted[key])]
+
+
+def _same(left: Any, right: Any) -> bool:
+    # A measured sigma may differ in its last bits between versions of torch.
+    if isinstance(left, float) and isinstance(right, float):
+        return math.isclose(left, right, rel_tol=1e-6) or (math.isnan(left) and math.isnan(right))
+    return left == right
+
+
+@contextmanager
+def _scratch_beside(target: Path) -> Iterator[Path]:
+    scratch = target.parent / f".fasttrace-{secrets.token_hex(8)}"
+    try:
+        scratch.mkdir(parents=True)
+        yield scratch
+    except OSError as error:
+        raise StoreError(f"cannot write {target} ({error}): give another folder with --out") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _move_into(target: Path, scratch: Path, names: Sequence[str]) -> None:
+    if not target.exists():
+        scratch.rename(target)
+        return
+    for name in {DATA_FILE, FIGURE_FILE, *CSV_FILES} - set(names):
+        (target / name).unlink(missing_ok=True)
+    for name in names:
+        os.replace(scratch / name, target / name)

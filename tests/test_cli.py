@@ -1,0 +1,409 @@
+"""The command line on a tiny random GPT-2 with a tokenizer of its own."""
+
+import json
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import fasttrace
+from fasttrace import cli, demo, outputs, tutorial
+
+PROMPT = "The Space Needle is in downtown"
+TEXT = [PROMPT + " Seattle", "The Eiffel Tower is located in the city of Paris"] * 20
+CSV_FILES = ["attention_output.csv", "block_output.csv", "mlp_activation.csv"]
+DATA_FILES = [*CSV_FILES, "trace.parquet"]
+ALL_FILES = sorted([*DATA_FILES, "figure.png"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A local folder as `save_pretrained` makes it."""
+    path = tmp_path_factory.mktemp("tiny-gpt2")
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=3, n_head=2, n_positions=32)
+    GPT2LMHeadModel(config).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def without_figure(monkeypatch):
+    """As if plotnine were not installed: drawing is slow and tested elsewhere."""
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+
+
+def tiny_tokenizer():
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(TEXT, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe)
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def trace(folder, *options, prompt=PROMPT, subject="The Space Needle", target=" Seattle"):
+    fixed = ("--model", folder, "--subject", subject, "--target", target, "--samples", 2, "--noise", "0.5")
+    return run("trace", prompt, *fixed, *options)
+
+
+def names_in(path):
+    return sorted(file.name for file in path.iterdir())
+
+
+def test_trace_prints_tokens_effects_cells_and_cost(folder):
+    done = trace(folder)
+    assert done.exit_code == 0, done.output
+    for words in (
+        "clean run",
+        "corrupted run",
+        "total effect",
+        "attention_output",
+        "token-blocks",
+        '" Seattle"',
+    ):
+        assert words in done.stdout
+    assert done.stderr.splitlines() == [f"loading {folder}", "tracing"]
+
+
+def test_json_prints_the_summary_of_the_same_trace_and_nothing_else(folder):
+    done = trace(folder, "--json", "--window", 2, "--seed", 5, "--stream", "mlp_output")
+    found = json.loads(done.stdout)
+    tracer = fasttrace.Tracer.from_pretrained(folder, device="cpu")
+    expected = tracer.trace(
+        PROMPT,
+        subject="The Space Needle",
+        target=" Seattle",
+        streams=("mlp_output",),
+        window=2,
+        noise=0.5,
+        samples=2,
+        seed=5,
+    )
+    assert list(found["streams"]) == ["mlp_output"]
+    assert found["clean_prob"] == pytest.approx(expected.clean_prob)
+    assert found["corrupted_prob"] == pytest.approx(expected.corrupted_prob)
+    best = found["streams"]["mlp_output"]["strongest"][0]
+    assert best["prob"] == pytest.approx(expected.grid("mlp_output")[best["layer"], best["position"]])
+
+
+def test_every_option_reaches_the_api(folder, tmp_path, monkeypatch):
+    seen = {}
+
+    def spy(self, prompt, **options):
+        seen.update(options, prompt=prompt, fuse=self.fuse, revision=self.revision, dtype=self.dtype)
+        raise fasttrace.PlanError("enough seen")
+
+    subjects = tmp_path / "subjects.txt"
+    subjects.write_text("The Space Needle\n\nThe Eiffel Tower\n")
+    monkeypatch.setattr(fasttrace.Tracer, "trace", spy)
+    done = run(
+        *("trace", PROMPT, "--span", "0:3", "--target", " Seattle", "--model", folder),
+        *("--stream", "block_output", "--stream", "mlp_output", "--window", 3, "--noise", "s2"),
+        *(
+            "--noise-subjects",
+            subjects,
+            "--samples",
+            4,
+            "--seed",
+            9,
+            "--engine",
+            "rows",
+            "--dtype",
+            "float64",
+        ),
+        *("--device", "cpu", "--budget", 77, "--first-target-token", "--revision", "main", "--no-fuse"),
+    )
+    assert done.stderr.splitlines()[-1] == "error: enough seen"
+    del seen["progress"]
+    assert seen == {
+        "prompt": PROMPT,
+        "subject": (0, 3),
+        "target": " Seattle",
+        "streams": ("block_output", "mlp_output"),
+        "window": 3,
+        "noise": "s2",
+        "noise_subjects": ["The Space Needle", "The Eiffel Tower"],
+        "samples": 4,
+        "seed": 9,
+        "engine": "rows",
+        "budget": 77,
+        "first_target_token": True,
+        "fuse": False,
+        "revision": "main",
+        "dtype": torch.float64,
+    }
+
+
+def test_token_ids_give_the_same_trace_as_their_text(folder):
+    ids = tiny_tokenizer()(PROMPT)["input_ids"]
+    (target,) = tiny_tokenizer()(" Seattle")["input_ids"]
+    text = json.loads(trace(folder, "--json").stdout)
+    fixed = ("--model", folder, "--noise", 0.5, "--samples", 2, "--json")
+    span = "{}:{}".format(*text["span"])
+    done = run("trace", " ".join(map(str, ids)), "--ids", "--span", span, "--target", target, *fixed)
+    assert json.loads(done.stdout)["corrupted_prob"] == text["corrupted_prob"]
+
+
+def test_subjects_for_the_noise_are_read_from_json_too(folder, tmp_path):
+    lines, facts = tmp_path / "subjects.txt", tmp_path / "facts.json"
+    lines.write_text("The Eiffel Tower\nThe Space Needle\n")
+    facts.write_text(json.dumps([{"subject": "The Eiffel Tower"}, {"subject": "The Space Needle"}]))
+    sigmas = [
+        json.loads(trace(folder, "--json", "--noise", "s3", *extra).stdout)["sigma"]
+        for extra in ((), ("--noise-subjects", lines), ("--noise-subjects", facts))
+    ]
+    assert sigmas[0] != sigmas[1] == sigmas[2]
+
+
+def test_a_run_writes_its_files_and_the_csv_has_the_tutorials_columns(folder, tmp_path, without_figure):
+    out = tmp_path / "deep" / "run"
+    done = trace(folder, "--out", out)
+    assert done.exit_code == 0, done.output
+    assert names_in(out) == DATA_FILES
+    assert names_in(out.parent) == ["run"]
+    assert list(pd.read_csv(out / "mlp_activation.csv").columns) == ["layer", "pos", "prob"]
+    assert fasttrace.load(out / "trace.parquet").metadata["model"] == folder
+    assert "no figure without plotnine" in done.stdout
+
+
+def test_the_same_run_again_is_fine(folder, tmp_path, without_figure):
+    assert trace(folder, "--out", tmp_path).exit_code == 0
+    first = fasttrace.load(tmp_path / "trace.parquet")
+    assert trace(folder, "--out", tmp_path).exit_code == 0
+    again = fasttrace.load(tmp_path / "trace.parquet")
+    pd.testing.assert_frame_equal(first.to_frame(), again.to_frame())
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--seed", 2), "seed 1 there, 2 here"),
+        (("--noise", "s3"), "noise 0.5 there, 's3' here"),
+        (("--window", 2), "windows"),
+        (("--stream", "block_output"), "windows"),
+        (("--dtype", "bfloat16"), "dtype 'float32' there, 'bfloat16' here"),
+    ],
+    ids=["seed", "noise", "window", "streams", "dtype"],
+)
+def test_a_folder_of_another_run_is_refused_before_anything_is_computed(
+    folder, tmp_path, without_figure, monkeypatch, options, named
+):
+    assert trace(folder, "--out", tmp_path).exit_code == 0
+    before = (tmp_path / "trace.parquet").read_bytes()
+    monkeypatch.setattr(cli, "_load", lambda *_args, **_options: pytest.fail("the model was loaded"))
+    done = trace(folder, "--out", tmp_path, *options)
+    assert done.exit_code == 2
+    assert named in done.stderr
+    assert (tmp_path / "trace.parquet").read_bytes() == before
+
+
+def test_a_difference_that_only_the_run_itself_shows_is_refused_too(folder, tmp_path, without_figure):
+    subjects = tmp_path / "subjects.txt"
+    subjects.write_text("The Eiffel Tower")
+    out = tmp_path / "run"
+    assert trace(folder, "--noise", "s3", "--out", out).exit_code == 0
+    done = trace(folder, "--noise", "s3", "--noise-subjects", subjects, "--out", out)
+    assert done.exit_code == 2
+    assert "sigma" in done.stderr
+
+
+def test_overwrite_replaces_another_run_and_removes_its_stale_files(folder, tmp_path, without_figure):
+    assert trace(folder, "--out", tmp_path).exit_code == 0
+    (tmp_path / "figure.png").write_text("of the first run")
+    (tmp_path / "notes.txt").write_text("mine")
+    done = trace(folder, "--out", tmp_path, "--stream", "mlp_output", "--overwrite")
+    assert done.exit_code == 0, done.output
+    assert names_in(tmp_path) == ["mlp_output.csv", "notes.txt", "trace.parquet"]
+
+
+def test_files_of_a_run_that_cannot_be_told_are_not_replaced(folder, tmp_path, without_figure):
+    (tmp_path / "figure.png").write_text("somebody's")
+    done = trace(folder, "--out", tmp_path)
+    assert done.exit_code == 2
+    assert "figure.png of a run that cannot be told" in done.stderr
+    assert names_in(tmp_path) == ["figure.png"]
+
+
+def test_an_output_folder_that_is_a_file_is_refused_before_anything_is_computed(folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(cli, "_load", lambda *_args, **_options: pytest.fail("the model was loaded"))
+    done = trace(folder, "--out", tmp_path / "file" / "run")
+    assert done.exit_code == 2
+    assert "is a file, expected a folder" in done.stderr
+
+
+def test_a_write_that_fails_leaves_neither_folder_nor_files(folder, tmp_path, without_figure, monkeypatch):
+    def full(_self, _path):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(fasttrace.TraceResult, "save", full)
+    done = trace(folder, "--out", tmp_path / "run")
+    assert done.exit_code == 2
+    assert "no space left on device" in done.stderr
+    assert names_in(tmp_path) == []
+
+
+def test_ctrl_c_ends_with_130_one_line_and_no_output(folder, tmp_path, monkeypatch):
+    def interrupted(_self, _prompt, *, progress, **_options):
+        progress(1, 3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fasttrace.Tracer, "trace", interrupted)
+    done = trace(folder, "--out", tmp_path / "run")
+    assert done.exit_code == 130
+    assert done.stderr.splitlines()[-1] == "interrupted: nothing half-written was left"
+    assert names_in(tmp_path) == []
+
+
+def test_ctrl_c_while_files_are_written_leaves_no_partial_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(outputs, "_draw", raising(KeyboardInterrupt()))
+    done = trace(folder, "--out", tmp_path / "run")
+    assert done.exit_code == 130
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"subject": "The Eiffel Tower"}, "does not occur in the prompt"),
+        ({"target": " nowhere"}, "first_target_token"),
+        ({"prompt": " "}, "empty"),
+    ],
+    ids=["absent subject", "long target", "empty prompt"],
+)
+def test_an_error_is_one_line_on_stderr_with_exit_code_2(folder, options, named):
+    done = trace(folder, **options)
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert named in line
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ((), "--subject TEXT or --span BEGIN:END"),
+        (("--subject", "The", "--span", "0:1"), "--subject TEXT or --span BEGIN:END"),
+        (("--span", "0-4"), "expected two token positions such as 0:4"),
+        (("--subject", "The", "--stream", "mlp"), "mlp"),
+        (("--subject", "The", "--window", 0), "window"),
+        (("--subject", "The", "--engine", "fast"), "unknown engine 'fast'"),
+        (("--subject", "The", "--dtype", "int8"), "unknown dtype 'int8'"),
+        (("--subject", "The", "--samples", 0), "samples"),
+        (("--subject", "The", "--noise", "nan"), "nan"),
+        (("--subject", "The", "--budget", "much"), "budget"),
+        (("--subject", "The", "--noise-subjects", "absent.txt"), "cannot read subjects"),
+    ],
+)
+def test_an_option_that_cannot_be_used_is_named(folder, options, named):
+    done = run("trace", PROMPT, "--model", folder, "--target", " Seattle", *options)
+    assert done.exit_code == 2
+    assert named in done.stderr.splitlines()[-1]
+
+
+def test_debug_lets_the_error_through(folder):
+    done = run("--debug", "trace", PROMPT, "--model", folder, "--subject", "absent")
+    assert isinstance(done.exception, fasttrace.PromptError)
+
+
+def test_plot_draws_the_figure_and_single_streams_again(folder, tmp_path):
+    assert trace(folder, "--out", tmp_path).exit_code == 0
+    assert names_in(tmp_path) == ALL_FILES
+    (tmp_path / "figure.png").unlink()
+    assert run("plot", tmp_path).exit_code == 0
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    done = run("plot", tmp_path / "trace.parquet", "--stream", "mlp_activation", "--out", tmp_path / "mlp.svg")
+    assert done.exit_code == 0, done.output
+    assert "<svg" in (tmp_path / "mlp.svg").read_text()
+
+
+def test_plot_of_what_is_not_there_says_so(folder, tmp_path, without_figure):
+    assert run("plot", tmp_path).exit_code == 2
+    assert trace(folder, "--out", tmp_path, "--stream", "mlp_output").exit_code == 0
+    done = run("plot", tmp_path, "--stream", "block_output")
+    assert done.exit_code == 2
+    assert "unknown stream 'block_output'" in done.stderr
+
+
+def test_info_shows_devices_cache_and_the_engine_a_model_gets(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTTRACE_CACHE", str(tmp_path))
+    done = run("info", folder)
+    assert done.exit_code == 0, done.output
+    for words in (torch.__version__, "dtype auto: float32", str(tmp_path), "not there yet", "self-check"):
+        assert words in done.stdout
+    assert "wavefront" in done.stdout
+
+
+def test_verify_runs_its_whole_path_and_reports_the_mismatch_of_a_random_model(folder, tmp_path, without_figure):
+    done = run("verify", "--model", folder, "--out", tmp_path / "run")
+    assert done.exit_code == 1, done.output
+    for words in (
+        "0.976379",
+        "0.026176",
+        '" Bellev"',
+        '" Los"',
+        "0.0329",
+        "does not give the published numbers",
+    ):
+        assert words in done.output
+    result = fasttrace.load(tmp_path / "run" / "trace.parquet")
+    assert result.metadata["sigma"] == tutorial.NOISE
+    assert result.windows == {"block_output": 1, "mlp_activation": 10, "attention_output": 10}
+    assert result.metadata["samples"] == 1
+
+
+def test_verify_agrees_within_its_tolerance(folder, monkeypatch):
+    ours = json.loads(trace(folder, "--json", "--noise", tutorial.NOISE, "--samples", 1).stdout)
+    published = {run: ((" Seattle", ours[f"{run}_prob"] * 1.0005),) for run in ("clean", "corrupted")}
+    monkeypatch.setattr(tutorial, "PUBLISHED", published)
+    assert run("verify", "--model", folder).exit_code == 0
+    assert run("verify", "--model", folder, "--tolerance", 1e-4).exit_code == 1
+
+
+def test_the_demo_traces_its_case_and_names_its_files(folder, tmp_path, without_figure, monkeypatch):
+    monkeypatch.setattr(demo, "model_folder", lambda progress=None: folder)
+    done = run("demo", "--out", tmp_path / "demo")
+    assert done.exit_code == 0, done.output
+    assert '" Paris"' in done.stdout
+    result = fasttrace.load(tmp_path / "demo" / "trace.parquet")
+    assert (result.metadata["prompt"], result.target) == (demo.CASE.prompt, " Paris")
+    assert (result.metadata["samples"], result.metadata["model"]) == (10, "smollm2")
+    for name in DATA_FILES:
+        assert str(tmp_path / "demo" / name) in done.stdout
+
+
+def test_a_model_that_is_nowhere_is_one_clear_sentence(monkeypatch):
+    done = run("trace", PROMPT, "--subject", "The", "--model", "./no/such/folder")
+    assert done.exit_code == 2
+    assert "./no/such/folder" in done.stderr.splitlines()[-1]
+
+
+def test_the_version_is_printed():
+    assert run("--version").stdout == f"fasttrace {fasttrace.__version__}\n"
+
+
+def test_python_m_fasttrace_is_the_command_line():
+    done = subprocess.run([sys.executable, "-m", "fasttrace", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    for command in ("demo", "trace", "plot", "info", "verify"):
+        assert command in done.stdout
+
+
+def raising(error):
+    def action(*_args, **_kwargs):
+        raise error
+
+    return action
