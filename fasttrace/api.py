@@ -155,7 +155,7 @@ class Tracer:
         corruption = self._corrupt(encoded, noise, noise_subjects, samples, seed)
         job = Job(torch.tensor(encoded.token_ids), corruption, self._cells(windows, encoded), encoded.target_id)
         choice = self.choose_engine(engine)
-        with fused(self.model, self.fuse and choice.name != "reference"):
+        with fused(self._anatomy, self.fuse and choice.name != "reference"):
             scores, cost = run_in_passes(choice.name, self._anatomy, job, budget, progress)
         metadata = self._metadata(encoded, noise, corruption, choice)
         return self._result(encoded, windows, scores, cost, metadata)

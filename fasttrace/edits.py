@@ -64,8 +64,8 @@ class EditTable:
     clean: np.ndarray
     constant: np.ndarray
 
-    def where(self, keep: np.ndarray) -> "EditTable":
-        """The edits under a mask."""
+    def where(self, keep: np.ndarray | slice) -> "EditTable":
+        """The edits that a mask, an index or a slice picks."""
         columns = ("cell", "block", "kind", "position", "clean")
         return replace(self, **{name: getattr(self, name)[keep] for name in columns})
 

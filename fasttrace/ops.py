@@ -1,16 +1,22 @@
-"""Fused replacements of token-wise work, for the time of a pass; the only chooser of implementations.
+"""Faster ways to compute token-wise work, for the time of a pass; the only chooser of implementations.
 
-Each computes the same function as the module it stands in for, in fewer passes over memory. `Tracer(fuse=False)`
-leaves the modules alone.
+Each computes the same function as the module it stands in for, in fewer or smaller passes over memory.
+`Tracer(fuse=False)` leaves the modules alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 
+from fasttrace.adapters import Anatomy
 from fasttrace.hooks import replaced_forward
+
+CPU_CHUNK = 1024
+"""Tokens that go through an MLP together on a CPU: what is between its two products then stays in the caches."""
 
 
 def gelu_tanh(hidden: Tensor) -> Tensor:
@@ -18,11 +24,29 @@ def gelu_tanh(hidden: Tensor) -> Tensor:
     return nn.functional.gelu(hidden, approximate="tanh")
 
 
+def in_chunks(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A token-wise forward on [..., token, d_model], run over CPU_CHUNK tokens at a time."""
+
+    def chunked(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or hidden.shape[-2] <= CPU_CHUNK:
+            return forward(hidden, *args, **kwargs)
+        output = torch.empty_like(hidden)
+        for chunk, place in zip(hidden.split(CPU_CHUNK, -2), output.split(CPU_CHUNK, -2), strict=True):
+            place.copy_(forward(chunk))
+        return output
+
+    return chunked
+
+
 @contextmanager
-def fused(model: nn.Module, fuse: bool = True) -> Iterator[None]:
-    """While open, modules with a fused equivalent use it; with fuse=False nothing changes."""
+def fused(anatomy: Anatomy, fuse: bool = True) -> Iterator[None]:
+    """While open, modules with a faster equivalent use it; with fuse=False nothing changes."""
     with ExitStack() as stack:
-        for module in model.modules() if fuse else ():
-            if isinstance(module, NewGELUActivation):
-                stack.enter_context(replaced_forward(module, gelu_tanh))
+        if fuse:
+            for module in anatomy.model.modules():
+                if isinstance(module, NewGELUActivation):
+                    stack.enter_context(replaced_forward(module, gelu_tanh))
+            if anatomy.device.type == "cpu" and not hasattr(anatomy.model, "hf_device_map"):
+                for mlp in anatomy.mlp:
+                    stack.enter_context(replaced_forward(mlp, in_chunks(mlp.forward)))
         yield

@@ -112,9 +112,11 @@ def plan_cells(shape: Shape, cells: tuple[Cell, ...], layout: Layout = "suffix")
     table = effective_edits(shape, cells)
     signatures = _signatures(shape, table)
     rows = _no_rows(shape, len(cells))
+    by_block = table.where(np.argsort(table.block, kind="stable"))
+    bounds = np.searchsorted(by_block.block, np.arange(shape.n_layers + 1))
     blocks = []
     for number in range(shape.n_layers):
-        edits = table.where(table.block == number)
+        edits = by_block.where(slice(*bounds[number : number + 2]))
         parents, rows = rows, _advance(shape, rows, edits, signatures[:, number], layout)
         blocks.append(_block(shape, number, parents, rows, edits, layout))
     last = np.full((shape.samples, len(rows.first)), -1)
@@ -171,12 +173,13 @@ def _placed(shape: Shape, of_cell: np.ndarray, parent: np.ndarray, first: np.nda
 
 def _tile_rows(shape: Shape, first: np.ndarray) -> np.ndarray:
     """[row] how many rows share its tile: whole tiles of rows with one first position, and one of what is left."""
-    _, group, count = np.unique(first, return_inverse=True, return_counts=True)
+    count = np.bincount(first, minlength=shape.n_positions)
+    order = np.argsort(first, kind="stable")
     rank = np.empty_like(first)
-    rank[np.argsort(first, kind="stable")] = _ranges(np.zeros_like(count), count)
+    rank[order] = np.arange(len(first)) - (np.cumsum(count) - count)[first[order]]
     whole = np.where(first > 0, np.maximum(1, TILE_TOKENS // np.maximum(1, shape.n_positions - first)), 1)
-    left = count[group] % whole
-    return np.where(rank < count[group] - left, whole, left)
+    left = count[first] % whole
+    return np.where(rank < count[first] - left, whole, left)
 
 
 def _signatures(shape: Shape, table: EditTable) -> np.ndarray:
@@ -260,6 +263,8 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 def _edit_tokens(shape: Shape, rows: _Rows, edits: EditTable) -> tuple[np.ndarray, np.ndarray]:
     """The tokens that edits write to, each once, and the base tokens they are taken from."""
+    if not len(edits.cell):
+        return edits.cell, edits.cell
     row = rows.of_cell[edits.cell]
     _, once = np.unique(row * shape.n_positions + edits.position, return_index=True)
     row, position, clean = row[once], edits.position[once], edits.clean[once]

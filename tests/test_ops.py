@@ -5,6 +5,9 @@ import torch
 from transformers.activations import NewGELUActivation
 
 import fasttrace
+from fasttrace import ops
+from fasttrace.adapters import anatomy_of
+from fasttrace.hooks import output_hook
 from fasttrace.ops import fused, gelu_tanh
 from tests.conftest import tiny_model
 
@@ -19,13 +22,36 @@ def test_the_fused_gelu_is_transformers_gelu(dtype, tolerance):
 
 
 def test_fusing_lasts_as_long_as_the_context():
-    model = tiny_model("gpt2")
-    activation = model.transformer.h[0].mlp.act
-    with fused(model):
-        assert "forward" in vars(activation)
-    assert "forward" not in vars(activation)
-    with fused(model, fuse=False):
-        assert "forward" not in vars(activation)
+    anatomy = anatomy_of(tiny_model("gpt2"))
+    mlp = anatomy.mlp[0]
+    with fused(anatomy):
+        assert "forward" in vars(mlp)
+        assert "forward" in vars(mlp.act)
+    assert "forward" not in vars(mlp)
+    assert "forward" not in vars(mlp.act)
+    with fused(anatomy, fuse=False):
+        assert "forward" not in vars(mlp)
+
+
+def test_an_mlp_in_chunks_is_the_mlp(family, monkeypatch):
+    monkeypatch.setattr(ops, "CPU_CHUNK", 3)
+    mlp = anatomy_of(tiny_model(family)).mlp[0]
+    hidden = torch.randn(1, 11, 32)
+    seen = []
+    with torch.no_grad(), output_hook(next(mlp.children()), lambda out: seen.append(out.shape[1])):
+        torch.testing.assert_close(ops.in_chunks(mlp.forward)(hidden), mlp(hidden))
+    assert seen == [3, 3, 3, 2, 11]
+
+
+def test_a_trace_in_chunks_is_the_trace(family, monkeypatch):
+    tracer = fasttrace.Tracer(tiny_model(family))
+    whole = tracer.trace([1, 2, 3, 4], subject=(0, 2), samples=2)
+    monkeypatch.setattr(ops, "CPU_CHUNK", 5)
+    chunked = tracer.trace([1, 2, 3, 4], subject=(0, 2), samples=2)
+    for stream in whole.streams:
+        torch.testing.assert_close(
+            torch.from_numpy(whole.grid(stream)), torch.from_numpy(chunked.grid(stream)), rtol=1e-5, atol=0
+        )
 
 
 def test_fused_and_plain_traces_agree(family):

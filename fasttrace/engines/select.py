@@ -84,7 +84,7 @@ def _compare(
 ) -> tuple[str | None, float | None]:
     """(what is wrong with an engine or None, its error)."""
     try:
-        with fused(anatomy.model, fuse):
+        with fused(anatomy, fuse):
             error = _distance(ENGINES[name](anatomy, job, _no_tick), expected)
     except (FasttraceError, RuntimeError, TypeError, AttributeError, KeyError, IndexError) as raised:
         return f"does not run ({type(raised).__name__}: {raised})", None
