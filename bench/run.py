@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import fasttrace
@@ -20,7 +21,17 @@ from bench.card import card, print_card, slug
 from bench.cases import CASES, STREAMS, WINDOW, Case, Workload, build
 from bench.gate import agree
 from bench.split import time_split
-from bench.timing import Ceiling, Run, Section, Timing, copy_bandwidth, matmul_ceiling, measure
+from bench.timing import (
+    Ceiling,
+    Run,
+    Section,
+    Timing,
+    copy_bandwidth,
+    matmul_ceiling,
+    measure,
+    seconds_of,
+    sustained_rate,
+)
 from fasttrace.cells import grid_cells, windows_of
 from fasttrace.edits import Shape
 from fasttrace.plan import plan_cells
@@ -38,7 +49,9 @@ class Measured:
         saving: token-blocks of one full row per cell over those computed.
         gflops: 1e9 floating-point operations of all matmuls per second, at the median.
         share: that over the ceiling's rate.
-        ceiling: the fastest matmul of the same dtype, measured right before.
+        ceiling: the fastest single matmul call of the same dtype, measured right before.
+        sustained: that matmul's rate when kept up for a second and a half, median over the gaps between rounds.
+        sustained_share: median over rounds of the round's rate over the mean of the two gaps beside it.
         peak_bytes: peak memory of the timed calls, weights included.
         peak_exact: whether the peak is that of the timed calls alone, not of all the process did before.
         others: share of the machine's CPU time that other processes took meanwhile.
@@ -56,6 +69,8 @@ class Measured:
     gflops: float
     share: float
     ceiling: Ceiling
+    sustained: float
+    sustained_share: float
     peak_bytes: int
     peak_exact: bool
     others: float
@@ -70,23 +85,31 @@ def measure_case(case: Case, options: argparse.Namespace) -> Measured:
     result = trace()
     difference = agree(result, workload)
     ceiling = matmul_ceiling(case.dtype, options.device)
+    seconds, gaps = [], [sustained_rate(ceiling, case.dtype, options.device)]
     with Section(options.device) as section:
-        timing = measure(trace, options.rounds, warmup=0, device=options.device)  # the gate's call warmed up
+        for _ in range(options.rounds):  # the gate's call warmed up
+            seconds.append(seconds_of(trace, options.device))
+            gaps.append(sustained_rate(ceiling, case.dtype, options.device))
     split = _split(trace, workload, options) if options.profile else {}
-    return _measured(workload, result.cost, timing, difference, ceiling, options.engine, section, split)
+    return _measured(workload, result.cost, seconds, gaps, difference, ceiling, options.engine, section, split)
 
 
 def _measured(
     workload: Workload,
     cost: Any,
-    timing: Timing,
+    seconds: list[float],
+    gaps: list[float],
     difference: float,
     ceiling: Ceiling,
     engine: str,
     section: Section,
     split: dict[str, float],
 ) -> Measured:
-    case, gflops = workload.case, 1e-9 * cost.flops / timing.p50
+    case, timing = workload.case, Timing.of(seconds)
+    gflops = 1e-9 * cost.flops / timing.p50
+    shares = [
+        2e-9 * cost.flops / s / (before + after) for s, before, after in zip(seconds, gaps[:-1], gaps[1:], strict=True)
+    ]
     return Measured(
         case=case.name,
         dtype=case.dtype_name,
@@ -100,6 +123,8 @@ def _measured(
         gflops=gflops,
         share=gflops / ceiling.gflops,
         ceiling=ceiling,
+        sustained=median(gaps),
+        sustained_share=median(shares),
         peak_bytes=section.peak,
         peak_exact=section.exact,
         others=section.others,
@@ -118,8 +143,10 @@ def print_case(case: Case, m: Measured) -> None:
     print(f"  gate           {m.gate:.1e} relative")
     print(f"  time           {m.timing} over {m.timing.rounds} rounds, {m.cells_per_second:.0f} cells/s")
     print(f"  work           {m.rows} rows, {m.token_blocks:.0f} token-blocks, saving {m.saving:.2f}x")
-    print(f"  speed          {m.gflops:.1f} GFLOP/s, {m.share:.2f} of the ceiling")
-    print(f"  ceiling        {m.ceiling}")
+    print(f"  speed          {m.gflops:.1f} GFLOP/s")
+    print(f"  of peak        {m.sustained_share:.2f} of that matmul kept up between rounds ({m.sustained:.0f} GFLOP/s)")
+    print(f"  of one call    {m.share:.2f} of the fastest single matmul call")
+    print(f"  fastest call   {m.ceiling}")
     print(f"  peak memory    {m.peak_bytes / 1e9:.2f} GB{bound}")
     print(f"  other load     {m.others:.0%} of the machine")
     total = sum(m.split.values())

@@ -24,6 +24,7 @@ Run = Callable[[], object]
 CPU_SHAPES = ((2048, 1600, 6400), (2048, 6400, 1600), (2048, 768, 3072), (2048, 4096, 4096))
 CUDA_SHAPES = ((16384, 1600, 6400), (16384, 6400, 1600), (8192, 8192, 8192))
 SECONDS_PER_MATMUL = 0.5
+SUSTAINED_SECONDS = 1.5
 COPY_ELEMENTS = 64 * 2**20
 
 
@@ -51,7 +52,7 @@ class Ceiling:
     """The fastest matmul found for one dtype: what a perfect engine could reach on this machine, now.
 
     Attributes:
-        gflops: the highest rate seen, in 1e9 floating-point operations per second.
+        gflops: the highest rate of a single call, in 1e9 floating-point operations per second.
         path: the library call that reached it.
         shape: tokens x inputs x outputs at which it did.
         paths: each call's own highest rate.
@@ -59,12 +60,12 @@ class Ceiling:
 
     gflops: float
     path: str
-    shape: str
+    shape: tuple[int, int, int]
     paths: dict[str, float]
 
     def __str__(self) -> str:
         paths = ", ".join(f"{path} {rate:.0f}" for path, rate in self.paths.items())
-        return f"{self.gflops:.0f} GFLOP/s: {self.path} at {self.shape} ({paths})"
+        return f"{self.gflops:.0f} GFLOP/s: {self.path} at {'x'.join(map(str, self.shape))} ({paths})"
 
 
 def seconds_of(run: Run, device: torch.device | str = "cpu") -> float:
@@ -169,7 +170,23 @@ def matmul_ceiling(dtype: torch.dtype, device: torch.device | str = "cpu") -> Ce
     rates = {(path, shape): rate for shape in shapes for path, rate in _rates(shape, dtype, device).items()}
     path, shape = max(rates, key=lambda key: rates[key])
     paths = {name: max(rate for (other, _), rate in rates.items() if other == name) for name, _ in rates}
-    return Ceiling(rates[path, shape], path, "x".join(map(str, shape)), paths)
+    return Ceiling(rates[path, shape], path, shape, paths)
+
+
+def sustained_rate(ceiling: Ceiling, dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
+    """The rate of the ceiling's matmul kept up for SUSTAINED_SECONDS, in 1e9 operations per second.
+
+    Shared and virtual machines change speed from minute to minute: run beside each round of a benchmark, it says
+    how fast the machine was then.
+    """
+    tokens, inputs, outputs = ceiling.shape
+    x = torch.randn(tokens, inputs, dtype=dtype, device=device)
+    run = _matmuls(x, torch.randn(outputs, inputs, dtype=dtype, device=device))[ceiling.path]
+    run()
+    seconds = [seconds_of(run, device)]
+    while sum(seconds) < SUSTAINED_SECONDS:
+        seconds.append(seconds_of(run, device))
+    return 2e-9 * tokens * inputs * outputs * len(seconds) / sum(seconds)
 
 
 def _rates(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device | str) -> dict[str, float]:
@@ -184,9 +201,10 @@ def _rates(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
 def _matmuls(x: Tensor, weight: Tensor) -> dict[str, Run]:
     """The calls that can multiply x [tokens, inputs] by weight [outputs, inputs], by name."""
     bias, transposed = weight.new_zeros(len(weight)), weight.t().contiguous()
+    output = x.new_empty(len(x), len(weight))  # so that one path pays for no fresh memory
     runs: dict[str, Run] = {
         "linear": lambda: functional.linear(x, weight, bias),
-        "addmm": lambda: torch.addmm(bias, x, transposed),
+        "addmm": lambda: torch.addmm(bias, x, transposed, out=output),
     }
     # On a CPU the two above take MKL in float32; whether oneDNN is faster depends on the CPU's maker.
     if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
