@@ -128,8 +128,9 @@ class TraceResult:
             return prob.copy()
         if value == "prob_std":
             return self.prob_std[stream].copy()
-        effect = prob - self.corrupted_prob
-        return effect if value == "indirect_effect" else _over(effect, self.total_effect)
+        with np.errstate(over="ignore", invalid="ignore"):
+            effect = prob - self.corrupted_prob
+            return effect if value == "indirect_effect" else _over(effect, self.total_effect)
 
     def to_frame(self) -> pd.DataFrame:
         """Gives all grids as one tidy frame, a row per cell, ordered by stream, layer, position.
@@ -341,8 +342,7 @@ def _check_count(n: int) -> int:
 def _over(effect: np.ndarray, total: float) -> np.ndarray:
     if total == 0:
         return np.full_like(effect, math.nan)
-    with np.errstate(over="ignore"):
-        return effect / total
+    return effect / total
 
 
 def _utf8(text: str) -> str:
