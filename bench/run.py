@@ -178,9 +178,9 @@ def print_planner(planner: dict[str, Timing]) -> None:
 
 
 def write_results(report: dict[str, Any], folder: Path) -> Path:
-    """Write the report to <folder>/<device>/<date>-<commit>.json."""
+    """Write the report to <folder>/<device>/<date and time>-<commit>.json."""
     about = report["card"]
-    path = folder / slug(about) / f"{report['date'][:10]}-{about['commit']}.json"
+    path = folder / slug(about) / f"{report['date'][:16].replace(':', '')}-{about['commit']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
     return path

@@ -81,6 +81,7 @@ def ragged_attention(model: PreTrainedModel, state: RaggedState) -> Iterator[Non
     """
     if _STATE.get() is not None:
         raise EngineError("a packed pass is running in this context already; run one after the other")
+    before: Any = model.config._attn_implementation
     token = _STATE.set(state)
     try:
         model.set_attn_implementation(NAME)
@@ -88,7 +89,7 @@ def ragged_attention(model: PreTrainedModel, state: RaggedState) -> Iterator[Non
             raise EngineError(f"{type(model).__name__} does not take its attention from transformers' interface")
         yield
     finally:
-        model.set_attn_implementation(state.implementation)
+        model.set_attn_implementation(before)
         _STATE.reset(token)
 
 

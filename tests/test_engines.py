@@ -234,3 +234,30 @@ def test_flops_are_those_that_torch_counts(family):
         ENGINES["wavefront"](anatomy, job, lambda: None)
     # attention is counted under the causal mask by us and over whole rectangles by torch
     assert cost_of_job("wavefront", anatomy, job).flops == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def test_an_attention_of_the_users_own_is_set_back_afterwards(family):
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    from fasttrace.adapters import anatomy_of
+
+    AttentionInterface.register("users_own", sdpa_attention_forward)
+    AttentionMaskInterface.register("users_own", sdpa_mask)
+    model = tiny_model(family)
+    model.set_attn_implementation("users_own")
+    job = make_job(5, (1, 3), 1, all_grids(STREAMS, 3, 5))
+    scores = ENGINES["wavefront"](anatomy_of(model), job, lambda: None)
+    assert relative_error(scores, run("reference", family, job)) < 1e-5
+    assert model.config._attn_implementation == "users_own"
+
+
+def test_restoring_works_on_outputs_that_are_not_contiguous():
+    from fasttrace.engines.tables import restore
+
+    hidden = torch.arange(24.0).reshape(2, 4, 3).transpose(0, 1)
+    expected = hidden.clone()
+    expected[2, 1] = expected[0, 0]
+    restored = restore(hidden, (torch.tensor([5]), torch.tensor([0])))
+    assert torch.equal(restored, expected)

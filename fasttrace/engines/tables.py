@@ -48,7 +48,7 @@ def restore(hidden: Tensor, edits: tuple[Tensor, Tensor] | None) -> Tensor | Non
     """Overwrites tokens of a module's own fresh output with those of the base runs in the same pack, in place.
 
     Args:
-        hidden: [row, position, d_model], contiguous.
+        hidden: [row, position, d_model].
         edits: tokens to write, tokens to read; None: nothing to do.
     """
     if edits is None:
@@ -56,7 +56,7 @@ def restore(hidden: Tensor, edits: tuple[Tensor, Tensor] | None) -> Tensor | Non
     to, taken_from = edits
     tokens = hidden.flatten(0, -2)
     tokens.index_copy_(0, to, tokens.index_select(0, taken_from))
-    return hidden
+    return tokens.unflatten(0, hidden.shape[:-1])
 
 
 def grown(
