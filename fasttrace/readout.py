@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fasttrace.adapters import Anatomy
 from fasttrace.errors import NumericsError
-from fasttrace.hooks import replaced_forward
+from fasttrace.hooks import evaluating, replaced_forward
 
 CHUNK_BYTES = 128 << 20
 """Largest float32 logits tensor of one chunk of rows."""
@@ -55,7 +55,7 @@ def row_probabilities(anatomy: Anatomy, states: Tensor, target: int, as_output: 
         as_output: gives a hidden state the form of a block's output.
     """
     chunk = max(1, CHUNK_BYTES // (4 * anatomy.vocabulary))
-    with torch.no_grad():
+    with evaluating(anatomy.model):
         parts = [_tail(anatomy, part, target, as_output) for part in states.split(chunk)] if len(states) else []
     return torch.cat(parts) if parts else torch.zeros(0, device=states.device)
 

@@ -20,7 +20,7 @@ Values = dict[tuple[str, int], Tensor]
 
 
 def run(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
-    """Runs every cell of a job for every noise sample; see `engines.run`."""
+    """Runs every cell of a job for every noise sample; see `job.Job`."""
     sites = {(edit.site, edit.layer) for cell in job.cells for edit in cell}
     scores, corrupted = np.zeros((len(job.cells), job.samples)), []
     with evaluating(anatomy.model):

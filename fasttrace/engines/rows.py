@@ -18,7 +18,7 @@ from fasttrace.readout import Scores
 
 
 def run(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
-    """Runs all cells of a job in one forward pass over whole prompts; see `engines.run`.
+    """Runs all cells of a job in one forward pass over whole prompts; see `job.Job`.
 
     Raises:
         NumericsError: a block produced inf or NaN.

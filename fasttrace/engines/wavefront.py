@@ -21,7 +21,7 @@ from fasttrace.readout import Scores
 
 
 def run(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
-    """Runs all cells of a job in one forward pass; see `engines.run`.
+    """Runs all cells of a job in one forward pass; see `job.Job`.
 
     Raises:
         EngineError: the model does not attend through transformers' interface.
