@@ -6,14 +6,12 @@ tensors; the planner compiles cells, the reference engine reads them as they are
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 from fasttrace.errors import PlanError
 
-Site = Literal["block_input", "block_output", "attention_output", "mlp_output", "mlp_activation"]
-Source = Literal["clean", "corrupted"]
-
-SITES: tuple[str, ...] = get_args(Site)
+SITES: tuple[str, ...] = ("block_input", "block_output", "attention_output", "mlp_output", "mlp_activation")
+SOURCES: tuple[str, ...] = ("clean", "corrupted")
 STREAMS: tuple[str, ...] = ("block_output", "mlp_activation", "attention_output")
 """The three streams of the paper's figure, in its order."""
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fasttrace.cells import SITES, Cell
+from fasttrace.cells import SITES, SOURCES, Cell
 from fasttrace.errors import PlanError
 
 CORRUPTED_CELL = -1
@@ -102,7 +102,7 @@ def _columns(shape: Shape, cells: Sequence[Cell]) -> EditTable:
     cell = np.repeat(np.arange(len(cells)), [len(edits) for edits in cells])
     flat = [edit for edits in cells for edit in edits]
     sites, layers, positions, sources = zip(*flat, strict=True) if flat else ((), (), (), ())
-    for word, known, what in ((sites, SITES, "site"), (sources, ("clean", "corrupted"), "source")):
+    for word, known, what in ((sites, SITES, "site"), (sources, SOURCES, "source")):
         if unknown := set(word) - set(known):
             raise PlanError(f"unknown {what} {unknown.pop()!r} in a cell; choose from {', '.join(known)}")
     layer, position = np.array(layers, dtype=np.int64), np.array(positions, dtype=np.int64)

@@ -9,6 +9,7 @@ from transformers import (
     BertConfig,
     BertLMHeadModel,
     GPT2Config,
+    GPT2LMHeadModel,
     GPT2Model,
     T5Config,
     T5ForConditionalGeneration,
@@ -123,17 +124,16 @@ def test_any_budget_gives_the_same_grids(family, budget):
 
 
 def test_a_budget_bounds_the_pack(family, monkeypatch):
-    from fasttrace.engines import wavefront
+    from fasttrace.engines import ENGINES
 
     peaks = []
-    right = wavefront.plan_cells
+    right = ENGINES["wavefront"]
 
-    def recorded(shape, cells, layout):
-        plan = right(shape, cells, layout)
-        peaks.append(plan.peak_tokens)
-        return plan
+    def recorded(anatomy, job, tick):
+        peaks.append(job.plan(anatomy.n_layers, "suffix").peak_tokens)
+        return right(anatomy, job, tick)
 
-    monkeypatch.setattr(wavefront, "plan_cells", recorded)
+    monkeypatch.setitem(ENGINES, "wavefront", recorded)
     trace(tracer_with_text(family), samples=3, budget=60, engine="wavefront")
     assert len(peaks) > 3
     assert max(peaks) <= 60
@@ -186,8 +186,13 @@ def test_the_saving_is_in_the_result():
         ({"prompt": "The " * 30}, PromptError, "positions for 24"),
     ],
 )
-def test_bad_input_is_an_error_before_anything_runs(options, error, message, monkeypatch):
+def test_bad_input_is_an_error_before_anything_is_traced(options, error, message, monkeypatch):
+    from fasttrace.engines import ENGINES
+
     tracer = tracer_with_text()
+    tracer.choose_engine()  # its self-check runs the engines
+    for name in ENGINES:
+        monkeypatch.setitem(ENGINES, name, lambda *_: pytest.fail("an engine ran"))
     with pytest.raises(error, match=message):
         trace(tracer, **options)
 
@@ -206,15 +211,9 @@ def test_models_that_cannot_be_traced_are_refused():
     with pytest.raises(ModelError, match="not a Hugging Face model"):
         fasttrace.Tracer(torch.nn.Linear(2, 2))
     with torch.device("meta"):
-        empty = tiny_class()
+        empty = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=12, vocab_size=9))
     with pytest.raises(ModelError, match="meta device"):
         fasttrace.Tracer(empty)
-
-
-def tiny_class():
-    from transformers import GPT2LMHeadModel
-
-    return GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=12, vocab_size=9))
 
 
 def test_a_local_folder_is_loaded_by_its_path(tmp_path):

@@ -125,8 +125,8 @@ def test_a_wrong_index_table_is_noticed(family, engine, monkeypatch):
     module = {"wavefront": wavefront, "rows": rows}[engine]
     right = module.tables_of
 
-    def shifted(block, device):
-        tables = right(block, device)
+    def shifted(*arguments):
+        tables = right(*arguments)
         if tables.attention is not None:
             object.__setattr__(tables, "attention", (tables.attention[0], tables.attention[1] - 1))
         return tables

@@ -8,20 +8,19 @@ from fasttrace.adapters import Anatomy
 from fasttrace.cost import Cost, cost_of, full_cost
 from fasttrace.engines import reference, rows, wavefront
 from fasttrace.engines.job import Job, Tick
-from fasttrace.plan import plan_cells
+from fasttrace.plan import Layout
 
 __all__ = ["ENGINES", "Job", "Tick", "cost_of_job"]
 
 ENGINES = {"wavefront": wavefront.run, "rows": rows.run, "reference": reference.run}
 """In the order in which "auto" tries them."""
 
-LAYOUTS = {"wavefront": "suffix", "rows": "full"}
+LAYOUTS: dict[str, Layout] = {"wavefront": wavefront.LAYOUT, "rows": rows.LAYOUT}
 """What a row holds in the engines that run plans."""
 
 
 def cost_of_job(engine: str, anatomy: Anatomy, job: Job) -> Cost:
     """What running a job on an engine costs, from counts alone."""
-    shape = job.shape(anatomy.n_layers)
     if engine in LAYOUTS:
-        return cost_of(plan_cells(shape, job.cells, LAYOUTS[engine]), anatomy.unit_work)
-    return full_cost(shape, len(job.cells), anatomy.unit_work)
+        return cost_of(job.plan(anatomy.n_layers, LAYOUTS[engine]), anatomy.unit_work)
+    return full_cost(job.shape(anatomy.n_layers), len(job.cells), anatomy.unit_work)

@@ -8,6 +8,7 @@ from torch import Tensor
 from fasttrace.cells import Cell
 from fasttrace.corruption import Corruption
 from fasttrace.edits import Shape
+from fasttrace.plan import Layout, Plan, plan_cells
 
 Tick = Callable[[], None]
 """Called after each block of a pass (after each forward pass of the reference engine)."""
@@ -37,6 +38,10 @@ class Job:
     def shape(self, n_layers: int) -> Shape:
         """The counts a plan is compiled for."""
         return Shape(n_layers, len(self.token_ids), self.corruption.span, self.samples)
+
+    def plan(self, n_layers: int, layout: Layout) -> Plan:
+        """The compiled cells, from the cache after the first call."""
+        return plan_cells(self.shape(n_layers), self.cells, layout)
 
     def part(self, cells: slice, samples: slice) -> "Job":
         """Some of the cells, for some of the samples."""

@@ -12,7 +12,6 @@ from fasttrace.cost import Cost, total
 from fasttrace.engines import ENGINES, LAYOUTS, cost_of_job
 from fasttrace.engines.job import Job
 from fasttrace.errors import PlanError
-from fasttrace.plan import plan_cells
 from fasttrace.readout import Scores
 
 Progress = Callable[[int, int], None]
@@ -84,7 +83,7 @@ def _split_cells(engine: str, anatomy: Anatomy, job: Job, allowed: int) -> list[
 
 
 def _peak_tokens(engine: str, anatomy: Anatomy, job: Job) -> int:
-    return plan_cells(job.shape(anatomy.n_layers), job.cells, LAYOUTS[engine]).peak_tokens
+    return job.plan(anatomy.n_layers, LAYOUTS[engine]).peak_tokens
 
 
 def _tokens_allowed(anatomy: Anatomy, budget: int | str) -> int:

@@ -13,8 +13,10 @@ from fasttrace.adapters import Anatomy
 from fasttrace.engines.job import Job, Tick
 from fasttrace.engines.tables import BlockTables, LastBlock, base_logits, grown, restore, tables_of
 from fasttrace.hooks import evaluating, input_hook, output_hook, raw_output_hook
-from fasttrace.plan import plan_cells
+from fasttrace.plan import Layout
 from fasttrace.readout import Scores
+
+LAYOUT: Layout = "full"
 
 
 def run(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
@@ -23,13 +25,13 @@ def run(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
     Raises:
         NumericsError: a block produced inf or NaN.
     """
-    plan = plan_cells(job.shape(anatomy.n_layers), job.cells, "full")
+    plan = job.plan(anatomy.n_layers, LAYOUT)
     last_block = LastBlock(anatomy, plan)
     with ExitStack() as stack:
         stack.enter_context(evaluating(anatomy.model))
         stack.enter_context(output_hook(anatomy.embedding, job.corruption.added_to))
         for number, block in enumerate(plan.blocks):
-            step = _Step(tables_of(block, anatomy.device), 1 + job.samples, len(job.token_ids))
+            step = _Step(tables_of(block, len(job.token_ids), anatomy.device), 1 + job.samples, len(job.token_ids))
             stack.enter_context(input_hook(anatomy.blocks[number], step.enter))
             stack.enter_context(output_hook(anatomy.attention[number], step.restore_attention))
             stack.enter_context(output_hook(anatomy.mlp[number], step.restore_mlp))

@@ -17,17 +17,25 @@ from fasttrace.readout import Scores, check_finite, distributions, row_probabili
 
 @dataclass(frozen=True)
 class BlockTables:
-    """`plan.BlockPlan` as int64 tensors; empty edits are None, `mlp_computed` is (keep, spread)."""
+    """`plan.BlockPlan` as int64 tensors.
+
+    Attributes:
+        source, origin: as there.
+        position: [token] prompt position of each token.
+        attention, mlp: (tokens to write, tokens to read); None where there is nothing to do.
+        mlp_computed: (keep, spread), in which the MLP's edits are applied already; None: all tokens are computed.
+    """
 
     source: Tensor | None
     origin: Tensor
+    position: Tensor
     attention: tuple[Tensor, Tensor] | None
     mlp: tuple[Tensor, Tensor] | None
     mlp_computed: tuple[Tensor, Tensor] | None
 
 
-def tables_of(block: BlockPlan, device: torch.device) -> BlockTables:
-    """Moves one block's tables."""
+def tables_of(block: BlockPlan, n_positions: int, device: torch.device) -> BlockTables:
+    """Moves one block's tables to a device, before the pass."""
 
     def move(table: np.ndarray | None) -> Any:
         return None if table is None else torch.from_numpy(table).to(device, non_blocking=True)
@@ -38,8 +46,9 @@ def tables_of(block: BlockPlan, device: torch.device) -> BlockTables:
     return BlockTables(
         source=move(block.source),
         origin=move(block.origin),
+        position=move(block.origin % n_positions),
         attention=pair(block.attention_to, block.attention_from),
-        mlp=pair(block.mlp_to, block.mlp_from),
+        mlp=None if block.mlp_keep is not None else pair(block.mlp_to, block.mlp_from),
         mlp_computed=None if block.mlp_keep is None else (move(block.mlp_keep), move(block.mlp_spread)),
     )
 
@@ -88,6 +97,7 @@ class LastBlock:
 
     def __init__(self, anatomy: Anatomy, plan: Plan):
         self.anatomy, self.plan = anatomy, plan
+        self.last_tokens = torch.from_numpy(plan.last_tokens.reshape(-1)).to(anatomy.device)
         self.states = torch.zeros(0)
         self.block_sums: list[Tensor] = []
         self.form: Any = None
@@ -106,8 +116,7 @@ class LastBlock:
         self.form = output if not isinstance(output, Tensor) else None
         tokens = first_of(output).flatten(0, -2)
         shape = self.plan.shape
-        last = torch.from_numpy(self.plan.last_tokens.reshape(-1)).to(tokens.device)
-        self.states = tokens.index_select(0, last)
+        self.states = tokens.index_select(0, self.last_tokens)
         base = tokens[: (1 + shape.samples) * shape.n_positions]
         return self.as_output(base.unflatten(0, (1 + shape.samples, shape.n_positions)))
 

@@ -16,8 +16,10 @@ from fasttrace.engines.job import Job, Tick
 from fasttrace.engines.tables import BlockTables, LastBlock, base_logits, grown, restore, tables_of
 from fasttrace.errors import EngineError
 from fasttrace.hooks import evaluating, hidden_hook, input_hook, output_hook, raw_output_hook
-from fasttrace.plan import BlockPlan, plan_cells
+from fasttrace.plan import BlockPlan, Layout
 from fasttrace.readout import Scores
+
+LAYOUT: Layout = "suffix"
 
 
 def run(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
@@ -27,7 +29,7 @@ def run(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
         EngineError: the model does not attend through transformers' interface.
         NumericsError: a block produced inf or NaN.
     """
-    plan = plan_cells(job.shape(anatomy.n_layers), job.cells, "suffix")
+    plan = job.plan(anatomy.n_layers, LAYOUT)
     state = RaggedState(safe_implementation(anatomy.model), 1 + job.samples, len(job.token_ids))
     last_block = LastBlock(anatomy, plan)
     with ExitStack() as stack:
@@ -35,7 +37,9 @@ def run(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
         stack.enter_context(ragged_attention(anatomy.model, state))
         stack.enter_context(output_hook(anatomy.embedding, job.corruption.added_to))
         for number, block in enumerate(plan.blocks):
-            step = _Step(number, tables_of(block, anatomy.device), _groups_of(block, anatomy.device), state)
+            step = _Step(
+                number, tables_of(block, len(job.token_ids), anatomy.device), _groups_of(block, anatomy.device), state
+            )
             _hook_block(stack, anatomy, step)
             stack.enter_context(output_hook(anatomy.blocks[number], last_block.watcher(tick)))
         stack.enter_context(raw_output_hook(anatomy.blocks[-1], last_block.split))
@@ -73,7 +77,7 @@ class _Step:
         if side_input.dim() == 4 and side_input.shape[1:] == (1, n_positions, n_positions):
             return side_input
         origin = self.tables.origin
-        index = origin % n_positions if side_input.shape[0] == 1 else origin
+        index = self.tables.position if side_input.shape[0] == 1 else origin
         return side_input.flatten(0, 1).index_select(0, index).unsqueeze(0)
 
 
