@@ -9,8 +9,8 @@ import torch
 import transformers
 from torch import nn
 
-from fasttrace.adapters import anatomy_of
-from fasttrace.cells import STREAMS, grid_cells, windows_of
+from fasttrace.adapters import anatomy_of, module_paths
+from fasttrace.cells import grid_cells, windows_of
 from fasttrace.corruption import Corruption, draw, sigma_of
 from fasttrace.cost import Cost
 from fasttrace.engines.job import Job
@@ -43,6 +43,7 @@ class Tracer:
         *,
         name: str | None = None,
         revision: str | None = None,
+        modules: Mapping[str, str] | None = None,
         fuse: bool = True,
     ):
         """Wraps a loaded model.
@@ -52,13 +53,16 @@ class Tracer:
             tokenizer: needed for prompts, subjects and targets given as text.
             name: recorded in results; the model's own name by default.
             revision: recorded in results.
+            modules: paths of modules that the rules do not find, or find wrongly: "embedding" and "blocks" (the
+                list of transformer blocks) from the model; "attention", "mlp" and "down" (the MLP's down projection)
+                from a block. For example {"blocks": "model.layers", "attention": "self_attn", "mlp": "mlp"}.
             fuse: compute activations of several passes over memory in one, while a trace runs.
 
         Raises:
-            ModelError: not a decoder-only language model, or of a family without an adapter.
+            ModelError: not a decoder-only language model, or parts that are not found.
         """
         self.model, self.tokenizer, self.fuse = model, tokenizer, fuse
-        self._anatomy = anatomy_of(model)
+        self._anatomy = anatomy_of(model, modules)
         config: Any = model.config
         self.name = name or config.name_or_path or type(model).__name__
         self.revision = revision or getattr(config, "_commit_hash", None)
@@ -71,6 +75,7 @@ class Tracer:
         dtype: str | torch.dtype = "auto",
         device: str = "auto",
         revision: str | None = None,
+        modules: Mapping[str, str] | None = None,
         fuse: bool = True,
     ) -> "Tracer":
         """Loads a model.
@@ -80,6 +85,7 @@ class Tracer:
             dtype: "auto" is float16 on a GPU and float32 on a CPU.
             device: "auto" is the first GPU if there is one.
             revision: of the Hugging Face repository.
+            modules: see the constructor.
             fuse: see the constructor.
 
         Raises:
@@ -87,7 +93,17 @@ class Tracer:
         """
         chosen = choose_device(device)
         model, tokenizer = load(name, choose_dtype(dtype, chosen), chosen, revision)
-        return cls(model, tokenizer, name=name, revision=revision, fuse=fuse)
+        return cls(model, tokenizer, name=name, revision=revision, modules=modules, fuse=fuse)
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The figure's streams, as far as the model has them: without MLP modules no MLP stream."""
+        return self._anatomy.streams
+
+    @property
+    def modules(self) -> dict[str, str]:
+        """Where the parts were found: of every block path that the first block has, from the model."""
+        return module_paths(self._anatomy)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -113,7 +129,7 @@ class Tracer:
         *,
         subject: str | tuple[int, int],
         target: str | int | None = None,
-        streams: Sequence[str] = STREAMS,
+        streams: Sequence[str] | None = None,
         window: int = 10,
         noise: float | str = "s3",
         noise_subjects: Sequence[str | Sequence[int]] | None = None,
@@ -130,14 +146,15 @@ class Tracer:
             prompt: text, or token ids.
             subject: text that occurs once in the prompt, or a half-open token span.
             target: text of one token, a token id, or None for the clean run's top token.
-            streams: sites whose clean values are restored, one grid each.
+            streams: sites whose clean values are restored, one grid each; None: those of the figure that the model
+                has, see `streams`.
             window: blocks restored together, except in the residual stream (one block).
             noise: standard deviation of the noise on the subject's embeddings, or "s3" for 3 x that of the
                 embedding outputs of the subject's tokens.
             noise_subjects: subjects (text or token ids) to measure for "s3" in place of the prompt's own.
             samples: noise samples, averaged.
             seed: of the noise.
-            engine: "auto", "wavefront", "rows" or "reference".
+            engine: "auto", "wavefront", "fork", "rows" or "reference".
             budget: largest number of tokens in a pack, or "auto" from free memory.
             first_target_token: of a target of several tokens, score the first.
             progress: called with (steps done, steps in all).
@@ -145,12 +162,15 @@ class Tracer:
         Raises:
             PromptError: prompt, subject or target cannot be used.
             PlanError: streams, window, noise, samples, seed or budget cannot be used.
+            ModelError: the model does not have a stream.
             EngineError: the engine is unknown or wrong for the model.
             NumericsError: inf or NaN, naming the block.
 
         Source: Meng et al. (2022), "Locating and Editing Factual Associations in GPT", section 2.
         """
-        windows = windows_of(streams, window)
+        windows = windows_of(self.streams if streams is None else streams, window)
+        for site in windows:
+            self._anatomy.modules_at(site)
         encoded = self._encode(prompt, subject, target, first_target_token)
         corruption = self._corrupt(encoded, noise, noise_subjects, samples, seed)
         job = Job(torch.tensor(encoded.token_ids), corruption, self._cells(windows, encoded), encoded.target_id)
@@ -197,6 +217,8 @@ class Tracer:
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
             "fuse": self.fuse,
+            "attention": str(self._anatomy.config._attn_implementation),
+            "modules": self.modules,
             "engine": choice.name,
             "engine_reason": choice.reason,
             "self_check_error": choice.self_check_error,

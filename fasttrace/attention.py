@@ -4,13 +4,17 @@ Registered once under one name. The arithmetic is the model's own eager or sdpa 
 rows with the same first position. A tile is one sequence to that function: the queries first..T-1 of a few rows of
 one base row, against the base row's keys before `first` and their own from there on, under a mask that is the model's
 own, block by block. Scaling, grouped heads, soft caps, sinks and sliding windows are therefore the model's.
+
+Older model code has no interface but a method `_attn(query, key, value, mask)`; that is called per group instead.
 """
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +24,11 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fasttrace.adapters import Anatomy
 from fasttrace.errors import EngineError
+from fasttrace.hooks import replaced_method
+
+logger = logging.getLogger("fasttrace")
 
 NAME = "fasttrace_ragged"
 
@@ -35,26 +43,37 @@ class GroupOnDevice:
     n_tiles: int
     base: Tensor
 
+    def by_row(self) -> "GroupOnDevice":
+        """The same rows, one to a tile."""
+        base = self.base.repeat_interleave(self.tile_rows)
+        return GroupOnDevice(self.first, self.start, 1, self.n_tiles * self.tile_rows, base)
+
 
 @dataclass
-class RaggedState:
-    """What the attention function has to know; one lives for one forward pass.
+class PackState:
+    """What attention has to know; one lives for one forward pass.
 
     Attributes:
-        implementation: the model's own attention implementation, "eager" or "sdpa".
         n_base: base rows in the pack.
         n_positions: tokens of a base row.
+        implementation: the model's own attention implementation, "eager" or "sdpa".
         groups: of the block being computed; the engine sets it.
         calls: attention calls so far; the engine checks that every block made one.
-        masks: of tiles, by the mask they are made from and the tile's shape.
+        masks: of tiles, by the mask they are made from and the tile's shape; with that mask, so that it lives on.
     """
 
-    implementation: str
     n_base: int
     n_positions: int
+    implementation: str = "eager"
     groups: tuple[GroupOnDevice, ...] = ()
     calls: int = 0
-    masks: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    masks: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the pack."""
+        last = self.groups[-1]
+        return last.start + last.n_tiles * last.tile_rows * (self.n_positions - last.first)
 
     def tile_mask(self, mask: Tensor, group: GroupOnDevice) -> Tensor:
         """The mask of a tile, [1, 1 or head, tile token, first + tile token], made once a pass.
@@ -65,32 +84,68 @@ class RaggedState:
         """
         key = (id(mask), group.first, group.tile_rows)
         if key not in self.masks:
-            self.masks[key] = _block_diagonal(mask[:1, :, group.first : self.n_positions], group)
-        return self.masks[key]
+            self.masks[key] = mask, _block_diagonal(mask[:1, :, group.first : self.n_positions], group)
+        return self.masks[key][1]
 
 
-_STATE: ContextVar[RaggedState | None] = ContextVar("fasttrace_ragged_state", default=None)
+_STATE: ContextVar[PackState | None] = ContextVar("fasttrace_pack_state", default=None)
 
 
 @contextmanager
-def ragged_attention(model: PreTrainedModel, state: RaggedState) -> Iterator[None]:
+def packed_pass(state: PackState) -> Iterator[None]:
+    """While open, this is the pass that attention works for.
+
+    Raises:
+        EngineError: a pass is running already.
+    """
+    if _STATE.get() is not None:
+        raise EngineError("a packed pass is running in this context already; run one after the other")
+    token = _STATE.set(state)
+    try:
+        yield
+    finally:
+        _STATE.reset(token)
+
+
+@contextmanager
+def ragged_attention(anatomy: Anatomy, state: PackState) -> Iterator[None]:
     """While open, the model attends through the pack.
 
     Raises:
         EngineError: a pass is running already, or the model keeps its own attention.
     """
-    if _STATE.get() is not None:
-        raise EngineError("a packed pass is running in this context already; run one after the other")
-    before: Any = model.config._attn_implementation
-    token = _STATE.set(state)
+    methods = [_with_attn_method(mixer) for mixer in anatomy.parts.mixers]
+    with ExitStack() as stack:
+        stack.enter_context(packed_pass(state))
+        if all(methods):
+            for module in filter(None, methods):
+                stack.enter_context(replaced_method(module, "_attn", partial(_attend_by_method, module._attn)))
+        else:
+            state.implementation = safe_implementation(anatomy.model)
+            stack.enter_context(implementation_set(anatomy, NAME))
+        yield
+
+
+@contextmanager
+def implementation_set(anatomy: Anatomy, name: str) -> Iterator[None]:
+    """While open, the language model's attention implementation is another; afterwards every part has its own.
+
+    Raises:
+        EngineError: the model does not let it be set.
+    """
+    owner = anatomy.decoder if isinstance(anatomy.decoder, PreTrainedModel) else anatomy.model
+    configs = [module.config for module in anatomy.model.modules() if isinstance(module, PreTrainedModel)]
+    before = [(config, config._attn_implementation) for config in configs]
     try:
-        model.set_attn_implementation(NAME)
-        if model.config._attn_implementation != NAME:
-            raise EngineError(f"{type(model).__name__} does not take its attention from transformers' interface")
+        owner.set_attn_implementation(name)
+        if owner.config._attn_implementation != name:
+            raise EngineError(
+                f"{type(anatomy.model).__name__} does not take its attention from transformers' interface"
+            )
         yield
     finally:
-        model.set_attn_implementation(before)
-        _STATE.reset(token)
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
 
 
 def safe_implementation(model: PreTrainedModel) -> str:
@@ -98,13 +153,22 @@ def safe_implementation(model: PreTrainedModel) -> str:
     chosen = model.config._attn_implementation
     if chosen in ("eager", "sdpa"):
         return chosen
-    return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+    safe = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+    logger.info("attention %r takes no mask of a pack: tracing computes it with %r", chosen, safe)
+    return safe
+
+
+def _with_attn_method(mixer: nn.Module | None) -> Any:
+    for module in mixer.modules() if mixer is not None else ():
+        if callable(getattr(module, "_attn", None)):
+            return module
+    return None
 
 
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Attends group by group.
+    """Attends group by group, for transformers' interface.
 
     Args:
         module: the attention module that calls.
@@ -118,26 +182,67 @@ def _attend(
         [1, token, head, d_head], and no weights.
     """
     state = _running()
-    state.calls += 1
     function = _arithmetic(module, state.implementation)
-    n_base, n_positions = state.n_base, state.n_positions
-    if attention_mask is None:
-        raise EngineError(f"{type(module).__name__} was given no mask; use engine='rows'")
-    base_key, base_value = (_rectangle(x, 0, n_base, n_positions) for x in (key, value))
+    mask = _checked(state, module, query, key, attention_mask)
+    base_key, base_value = (_rectangle(x, 0, state.n_base, state.n_positions) for x in (key, value))
     outputs = []
     for group in state.groups:
-        length = group.tile_rows * (n_positions - group.first)
+        length = group.tile_rows * (state.n_positions - group.first)
         own_key, own_value = (_rectangle(x, group.start, group.n_tiles, length) for x in (key, value))
         attended, _ = function(
             module,
             _rectangle(query, group.start, group.n_tiles, length),
-            _after_prefix(base_key, own_key, group),
-            _after_prefix(base_value, own_value, group),
-            state.tile_mask(attention_mask, group),
+            after_prefix(base_key, own_key, group),
+            after_prefix(base_value, own_value, group),
+            state.tile_mask(mask, group),
             **kwargs,
         )
         outputs.append(attended.flatten(0, 1))
     return torch.cat(outputs).unsqueeze(0), None
+
+
+def _attend_by_method(
+    method: Callable[..., tuple[Tensor, Any]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attends group by group, in place of a module's `_attn`; returns [1, head, token, d_head].
+
+    The method may build masks of its own from the numbers of queries and keys, so a row is a sequence here.
+    """
+    state = _running()
+    mask = _checked(state, getattr(method, "__self__", None), query, key, attention_mask)
+    base_key, base_value = (_rectangle(x, 0, state.n_base, state.n_positions) for x in (key, value))
+    outputs = []
+    for group in map(GroupOnDevice.by_row, state.groups):
+        length = state.n_positions - group.first
+        own_key, own_value = (_rectangle(x, group.start, group.n_tiles, length) for x in (key, value))
+        attended, _ = method(
+            _rectangle(query, group.start, group.n_tiles, length),
+            after_prefix(base_key, own_key, group),
+            after_prefix(base_value, own_value, group),
+            mask[:1, :, group.first :],
+            **kwargs,
+        )
+        outputs.append(rearrange(attended, "row head position d_head -> head (row position) d_head"))
+    return torch.cat(outputs, dim=1).unsqueeze(0), None
+
+
+def _checked(state: PackState, module: Any, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    """The mask, if this call is the one the engine expects of a block."""
+    state.calls += 1
+    name = type(module).__name__
+    if mask is None:
+        raise EngineError(f"{name} was given no mask; use engine='rows'")
+    if not query.shape[-2] == key.shape[-2] == state.n_tokens:
+        raise EngineError(
+            f"{name} attends from {query.shape[-2]} tokens to {key.shape[-2]}, the pack has {state.n_tokens}; "
+            "use engine='rows'"
+        )
+    return mask
 
 
 def _block_diagonal(mask: Tensor, group: GroupOnDevice) -> Tensor:
@@ -152,7 +257,7 @@ def _block_diagonal(mask: Tensor, group: GroupOnDevice) -> Tensor:
     return torch.cat((prefix.repeat(1, 1, rows, 1), blocks.flatten(-2).flatten(-3, -2)), dim=-1)
 
 
-def _running() -> RaggedState:
+def _running() -> PackState:
     state = _STATE.get()
     if state is None:
         raise EngineError(f"attention {NAME!r} works inside a fasttrace pass only; set the model back to 'sdpa'")
@@ -170,10 +275,17 @@ def _rectangle(states: Tensor, start: int, n_sequences: int, length: int) -> Ten
     return rearrange(tokens, "head (sequence token) d_head -> sequence head token d_head", token=length)
 
 
-def _after_prefix(base: Tensor, own: Tensor, group: GroupOnDevice) -> Tensor:
+def after_prefix(base: Tensor, own: Tensor, group: GroupOnDevice) -> Tensor:
+    """Keys or values of sequences with those of their base rows before them, [sequence, head, first + length, d_head].
+
+    Args:
+        base: [base row, head, position, d_head].
+        own: [sequence, head, length, d_head].
+        group: which base row each sequence belongs to, and from which position on it has its own.
+    """
     if group.first == 0:
         return own
-    prefix = base[:, :, : group.first].index_select(0, group.base)
+    prefix = base[:, :, : group.first].index_select(0, group.base.to(base.device, non_blocking=True))
     return torch.cat((prefix, own), dim=2)
 
 

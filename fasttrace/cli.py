@@ -3,10 +3,8 @@
 Exit codes: 0 done, 1 `verify` found other numbers, 2 an error that a message explains, 130 interrupted.
 """
 
-import importlib.metadata
 import json
 import logging
-import platform
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -18,18 +16,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fasttrace import __version__, outputs, summary, tutorial
+from fasttrace import __version__, environment, outputs, summary, tutorial
 from fasttrace import demo as embedded
 from fasttrace.cells import SITES, STREAMS, windows_of
-from fasttrace.errors import FasttraceError, PromptError, StoreError
+from fasttrace.errors import FasttraceError, ModelError, PromptError, StoreError
 
 if TYPE_CHECKING:
     from fasttrace.api import Tracer
     from fasttrace.results import TraceResult
 
 __all__ = ["app"]
-
-SHOWN_PACKAGES = ("torch", "transformers", "accelerate", "numpy", "pandas", "pyarrow", "plotnine", "triton")
 
 
 class _Guarded(TyperGroup):
@@ -61,8 +57,14 @@ Model = Annotated[str, typer.Option(help='Hugging Face id, local folder, or "smo
 Revision = Annotated[str | None, typer.Option(help="Revision of the Hugging Face repository.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0, ...")]
-Engine = Annotated[str, typer.Option(help="auto, wavefront, rows or reference.")]
+Engine = Annotated[str, typer.Option(help="auto, wavefront, fork, rows or reference.")]
 Fuse = Annotated[bool, typer.Option("--fuse/--no-fuse", help="Fuse activations while a trace runs.")]
+Modules = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--module", help="Where a part is, e.g. attention=self_attn (embedding, blocks, attention, mlp, down)."
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another run's files in the folder.")]
 
 
@@ -130,6 +132,7 @@ def trace(
     ids: Annotated[bool, typer.Option("--ids", help="PROMPT, and a numeric target, are token ids.")] = False,
     revision: Revision = None,
     fuse: Fuse = True,
+    module: Modules = None,
     out: Annotated[Path | None, typer.Option(help="Folder for figure, CSV files and parquet.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, nothing else.")] = False,
     overwrite: Overwrite = False,
@@ -138,14 +141,14 @@ def trace(
     request = {
         "subject": _subject(subject, span),
         "target": int(target) if ids and target and target.isdecimal() else target,
-        "streams": tuple(stream or STREAMS),
+        "streams": stream and tuple(stream),
         "window": window,
         "noise": _number_or_text(noise, float),
         "samples": samples,
         "seed": seed,
         "first_target_token": first_target_token,
     }
-    loading = {"dtype": dtype, "revision": revision}
+    loading = {"dtype": dtype, "revision": revision, "modules": _modules(module)}
     if out is not None:
         outputs.check_folder(out, _wanted(model, prompt, request, loading, ids=ids), overwrite)
     subjects = None if noise_subjects is None else _read_subjects(noise_subjects)
@@ -181,12 +184,13 @@ def info(
     dtype: Dtype = "auto",
     device: Device = "auto",
     revision: Revision = None,
+    module: Modules = None,
 ) -> None:
-    """Show versions, devices, the dtype each gets, the cache, and the engine of a model."""
-    typer.echo(summary.table(_environment()))
+    """Show versions, devices and the dtype each gets; of a model its parts, its engine, and why that one."""
+    typer.echo(summary.table(environment.rows()))
     if model is not None:
-        tracer = _load(model, dtype=dtype, device=device, revision=revision)
-        typer.echo(summary.table(_engine_rows(tracer)))
+        tracer = _load(model, dtype=dtype, device=device, revision=revision, modules=_modules(module))
+        typer.echo(summary.table(environment.model_rows(tracer)))
 
 
 @app.command()
@@ -227,13 +231,6 @@ def _tell(message: str) -> None:
     typer.echo(message, err=True)
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def _subject(text: str | None, span: str | None) -> str | tuple[int, int]:
     if (text is None) == (span is None):
         raise PromptError("the subject is missing or given twice: give --subject TEXT or --span BEGIN:END, one of them")
@@ -243,6 +240,13 @@ def _subject(text: str | None, span: str | None) -> str | tuple[int, int]:
     if match is None:
         raise PromptError(f"--span is {span!r}, expected two token positions such as 0:4 (half open)")
     return int(match[1]), int(match[2])
+
+
+def _modules(options: list[str] | None) -> dict[str, str] | None:
+    for option in options or ():
+        if "=" not in option:
+            raise ModelError(f"--module is {option!r}, expected a part and its path, such as attention=self_attn")
+    return dict(option.split("=", 1) for option in options) if options else None
 
 
 def _token_ids(text: str) -> list[int]:
@@ -283,9 +287,10 @@ def _wanted(model: str, prompt: str, request: dict[str, Any], loading: dict[str,
         "noise": request.get("noise", "s3"),
         "samples": request["samples"],
         "seed": request.get("seed", 1),
-        "windows": windows_of(request.get("streams", STREAMS), request.get("window", 10)),
         **({"subject": subject.strip()} if isinstance(subject, str) else {"span": subject}),
     }
+    window = request.get("window", 10)
+    known |= {"windows": windows_of(request["streams"], window)} if request.get("streams") else {"window": window}
     if isinstance(target, str) and not request.get("first_target_token"):
         known["target"] = target
     if loading["dtype"] in ("float32", "bfloat16", "float64"):
@@ -347,43 +352,3 @@ def _only(result: "TraceResult", stream: str) -> "TraceResult":
 
     result.grid(stream)  # raises for a stream that was not traced
     return replace(result, prob={stream: result.prob[stream]}, prob_std={stream: result.prob_std[stream]})
-
-
-def _environment() -> list[tuple[str, str]]:
-    from fasttrace.loading import choose_device
-
-    cache = embedded.cache_folder()
-    there = "there" if embedded.has_model() else "not there yet; the first use fetches it (93 MB)"
-    return [
-        ("fasttrace", __version__),
-        ("python", f"{platform.python_version()} on {platform.platform()}"),
-        *((package, _version(package)) for package in SHOWN_PACKAGES),
-        *_device_rows(),
-        ("device auto", str(choose_device("auto"))),
-        ("cache", str(cache)),
-        (embedded.MODEL_NAME, there),
-    ]
-
-
-def _device_rows() -> Iterator[tuple[str, str]]:
-    import torch
-
-    yield (
-        "cpu",
-        f"{torch.get_num_threads()} threads; dtype auto: float32, because float16 is far slower on a CPU",
-    )
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        memory = f"{properties.total_memory / 2**30:.0f} GiB"
-        yield f"cuda:{index}", f"{properties.name}, {memory}; dtype auto: float16, the fastest there"
-
-
-def _engine_rows(tracer: "Tracer") -> list[tuple[str, str]]:
-    choice = tracer.choose_engine()
-    error = choice.self_check_error
-    checked = "not run" if error is None else f"log-probabilities differ by at most {error:.1e} from plain passes"
-    return [
-        ("model", f"{tracer.name} ({type(tracer.model).__name__}), {tracer.dtype} on {tracer.device}"),
-        ("engine", f"{choice.name}: {choice.reason}"),
-        ("self-check", checked),
-    ]

@@ -5,7 +5,7 @@ tuple or list whose first item is the hidden state; what is returned has the sam
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -77,18 +77,23 @@ def with_hidden_argument(args: tuple, kwargs: dict, hidden: Tensor | None) -> tu
 
 
 @contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """While open, `module.forward` is `forward`. Wrappers that others put there come back afterwards."""
-    own = "forward" in vars(module)
-    before = module.forward
-    module.forward = forward
+def replaced_method(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """While open, a method of one module is another. Wrappers that others put there come back afterwards."""
+    own = name in vars(module)
+    before = getattr(module, name)
+    setattr(module, name, method)
     try:
         yield
     finally:
         if own:
-            module.forward = before
+            setattr(module, name, before)
         else:
-            del module.forward
+            delattr(module, name)
+
+
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> AbstractContextManager[None]:
+    """While open, `module.forward` is `forward`."""
+    return replaced_method(module, "forward", forward)
 
 
 @contextmanager

@@ -30,10 +30,7 @@ def in_chunks(forward: Callable[..., Any]) -> Callable[..., Any]:
     def chunked(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or hidden.shape[-2] <= CPU_CHUNK:
             return forward(hidden, *args, **kwargs)
-        output = torch.empty_like(hidden)
-        for chunk, place in zip(hidden.split(CPU_CHUNK, -2), output.split(CPU_CHUNK, -2), strict=True):
-            place.copy_(forward(chunk))
-        return output
+        return torch.cat([forward(chunk) for chunk in hidden.split(CPU_CHUNK, -2)], -2)
 
     return chunked
 
@@ -46,7 +43,13 @@ def fused(anatomy: Anatomy, fuse: bool = True) -> Iterator[None]:
             for module in anatomy.model.modules():
                 if isinstance(module, NewGELUActivation):
                     stack.enter_context(replaced_forward(module, gelu_tanh))
-            if anatomy.device.type == "cpu" and not hasattr(anatomy.model, "hf_device_map"):
-                for mlp in anatomy.mlp:
+            if anatomy.device.type == "cpu" and not anatomy.is_offloaded:
+                for mlp in _dense_mlps(anatomy):
                     stack.enter_context(replaced_forward(mlp, in_chunks(mlp.forward)))
         yield
+
+
+def _dense_mlps(anatomy: Anatomy) -> list[nn.Module]:
+    """MLPs that are more than one matrix product; a mixture of experts wants all its tokens together."""
+    pairs = zip(anatomy.parts.mlp, anatomy.parts.down, strict=True)
+    return [mlp for mlp, down in pairs if mlp is not None and down is not None and mlp is not down]

@@ -42,7 +42,7 @@ def check_folder(folder: Path, wanted: Mapping[str, Any], overwrite: bool = Fals
 
     Args:
         folder: where a run is to be written; it need not exist.
-        wanted: what is known of the run so far, by the keys of `identity` (or "subject").
+        wanted: what is known of the run so far, by the keys of `identity` (or "subject", "window").
         overwrite: another run's files may be replaced.
 
     Raises:
@@ -111,7 +111,7 @@ def _known_run(folder: Path, names: Sequence[str]) -> dict[str, Any]:
             f"{folder} holds {', '.join(names)} of a run that cannot be told ({error}): give another folder "
             "with --out, or --overwrite to replace them"
         ) from error
-    return identity(result) | {"subject": result.metadata.get("subject")}
+    return identity(result) | {"subject": result.metadata.get("subject"), "window": max(result.windows.values())}
 
 
 def _differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:

@@ -53,6 +53,8 @@ class BlockPlan:
 
     Attributes:
         source: [token] index in the previous block's pack (the base rows for block 0); None: unchanged.
+        carried: [token] the same without this block's edits of the residual stream, for what a row carries along
+            beside its hidden state; None: the same as `source`.
         origin: [token] the base token at the same position, `base row * n_positions + position`.
         groups: the pack as rectangles, in order, base rows included.
         attention_to, attention_from: attention outputs to overwrite, and the tokens they are taken from.
@@ -62,6 +64,7 @@ class BlockPlan:
     """
 
     source: np.ndarray | None
+    carried: np.ndarray | None
     origin: np.ndarray
     groups: tuple[Group, ...]
     attention_to: np.ndarray
@@ -221,12 +224,14 @@ def _block(shape: Shape, number: int, parents: _Rows, rows: _Rows, edits: EditTa
     source, origin = _growth(shape, parents, rows)
     targets = {kind: _edit_tokens(shape, rows, edits.where(edits.kind == kind)) for kind in range(3)}
     to, taken_from = targets[RESIDUAL]
+    carried = source.copy() if len(to) else None
     source[to] = source[taken_from]
     unread = _unread_tokens(shape, rows) if number == shape.n_layers - 1 else to[:0]
     keep, spread = (None, None) if layout == "full" else _skipped_mlp(rows.n_tokens, *targets[MLP], unread)
     unchanged = number > 0 and len(source) == parents.n_tokens and np.array_equal(source, np.arange(len(source)))
     return BlockPlan(
         None if unchanged else source,
+        carried,
         origin,
         _groups(shape, rows),
         *targets[ATTENTION],

@@ -3,7 +3,8 @@
 The tail of the model is run as the model runs it: its own forward on one-token sequences, with every block
 replaced by one that hands over the states that were computed before. Final norm, projection, head, soft cap and
 logit scale are therefore the model's, whatever they are. Rows go through it in chunks that are reduced at once,
-so that rows x vocabulary never exists. Softmax and means are in float32 and float64.
+so that rows x vocabulary never exists. Softmax is in float32 (float64 for a float64 model),
+means are in float64.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,8 +31,8 @@ class Scores:
     Attributes:
         target: token id the probabilities are of.
         cells: float64 [cell, sample] p(target) of each restored run.
-        clean: float32 [vocab] next-token distribution of the clean run.
-        corrupted: float32 [sample, vocab] of each corrupted run.
+        clean: [vocab], float32 or float64, next-token distribution of the clean run.
+        corrupted: [sample, vocab] of each corrupted run.
     """
 
     target: int
@@ -41,32 +42,39 @@ class Scores:
 
 
 def distributions(logits: Tensor) -> np.ndarray:
-    """Softmax over the last axis, in float32, on the host."""
-    return logits.float().softmax(-1).cpu().numpy()
+    """Softmax over the last axis, in float32 or better, on the host."""
+    return precise(logits).softmax(-1).cpu().numpy()
+
+
+def precise(logits: Tensor) -> Tensor:
+    """Logits in float32, or in float64 if they are."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def row_probabilities(anatomy: Anatomy, states: Tensor, target: int, as_output: Callable[[Tensor], Any]) -> Tensor:
-    """p(target) of rows, float32 [row].
+    """p(target) of rows, [row], in float32 or better.
 
     Args:
         anatomy: the model.
-        states: [row, d_model] last-token outputs of the last block.
+        states: last-token outputs of the last block, [..., row, d_model] with the rows on `anatomy.row_axis`.
         target: token id.
         as_output: gives a hidden state the form of a block's output.
     """
     chunk = max(1, CHUNK_BYTES // (4 * anatomy.vocabulary))
     with evaluating(anatomy.model):
-        parts = [_tail(anatomy, part, target, as_output) for part in states.split(chunk)] if len(states) else []
+        chunks = states.split(chunk, anatomy.row_axis) if states.shape[anatomy.row_axis] else []
+        parts = [_tail(anatomy, part, target, as_output) for part in chunks]
     return torch.cat(parts) if parts else torch.zeros(0, device=states.device)
 
 
 def _tail(anatomy: Anatomy, states: Tensor, target: int, as_output: Callable[[Tensor], Any]) -> Tensor:
-    output = as_output(states.unsqueeze(1))
-    ids = torch.zeros(len(states), 1, dtype=torch.long, device=anatomy.device)
+    axis = anatomy.row_axis
+    output = as_output(states.unsqueeze(axis + 1))
+    ids = torch.zeros(states.shape[axis], 1, dtype=torch.long, device=anatomy.device)
     with ExitStack() as stack:
         for block in anatomy.blocks:
             stack.enter_context(replaced_forward(block, lambda *_args, **_kwargs: output))
-        logits = anatomy.model(input_ids=ids, use_cache=False).logits[:, -1].float()
+        logits = precise(anatomy.model(input_ids=ids, use_cache=False).logits[:, -1])
     return torch.exp(logits[:, target] - logits.logsumexp(-1))
 
 

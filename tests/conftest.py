@@ -1,4 +1,4 @@
-"""Tiny random models, one per family; weights are drawn so that grids really vary."""
+"""What many tests need: tiny models, jobs on them, and quiet settings."""
 
 import os
 from functools import cache
@@ -6,61 +6,20 @@ from functools import cache
 import pytest
 import torch
 from hypothesis import settings
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from fasttrace.adapters import Anatomy, anatomy_of
 from fasttrace.cells import Cell, grid_cells
 from fasttrace.corruption import draw
 from fasttrace.engines.job import Job
+from tests.zoo import N_LAYERS, VOCABULARY, tiny_model
 
 settings.register_profile("ci", derandomize=True)  # the same examples for everyone who looks at a red run
 if os.environ.get("CI"):
     settings.load_profile("ci")
 torch.set_num_threads(1)  # tiny products only lose by being shared out
 
-VOCABULARY = 67
-N_LAYERS = 4
 FAMILIES = ("gpt2", "llama")
-
-
-def _config(family: str):
-    if family == "gpt2":
-        return GPT2Config(
-            n_layer=N_LAYERS,
-            n_embd=32,
-            n_head=4,
-            vocab_size=VOCABULARY,
-            n_positions=24,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    return LlamaConfig(
-        num_hidden_layers=N_LAYERS,
-        hidden_size=32,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=48,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=24,
-    )
-
-
-CLASSES = {"gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM}
-
-
-def tiny_model(family: str, dtype: torch.dtype = torch.float32, **settings):
-    """A fresh random model; matrices are redrawn at 1/sqrt(width)."""
-    config = _config(family)
-    for name, value in settings.items():
-        setattr(config, name, value)
-    generator = torch.Generator().manual_seed(0)
-    model = CLASSES[family](config).to(dtype).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.copy_(drawn * parameter.shape[-1] ** -0.5)
-    return model
+"""Two that stand for all where engines are not what is tested; `test_families.py` has the others."""
 
 
 @cache

@@ -5,15 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    BertConfig,
-    BertLMHeadModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPT2Model,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import T5Config
 
 import fasttrace
 from fasttrace import EngineError, ModelError, PlanError, PromptError
@@ -183,7 +175,7 @@ def test_the_saving_is_in_the_result():
         ({"noise": "loud"}, PlanError, "noise rule 'loud'"),
         ({"budget": 0}, PlanError, "budget is 0"),
         ({"subject": "Eiffel"}, PromptError, "does not occur"),
-        ({"prompt": "The " * 30}, PromptError, "positions for 24"),
+        ({"prompt": "The " * 40}, PromptError, "positions for 32"),
     ],
 )
 def test_bad_input_is_an_error_before_anything_is_traced(options, error, message, monkeypatch):
@@ -195,25 +187,6 @@ def test_bad_input_is_an_error_before_anything_is_traced(options, error, message
         monkeypatch.setitem(ENGINES, name, lambda *_: pytest.fail("an engine ran"))
     with pytest.raises(error, match=message):
         trace(tracer, **options)
-
-
-def test_models_that_cannot_be_traced_are_refused():
-    with pytest.raises(ModelError, match="no adapter for model type 'bert'; supported: gpt2, llama"):
-        fasttrace.Tracer(
-            BertLMHeadModel(BertConfig(num_hidden_layers=1, hidden_size=12, vocab_size=9, intermediate_size=8))
-        )
-    with pytest.raises(ModelError, match="has no language-model head"):
-        fasttrace.Tracer(GPT2Model(GPT2Config(n_layer=1, n_embd=12, vocab_size=9)))
-    with pytest.raises(ModelError, match="encoder-decoder"):
-        fasttrace.Tracer(
-            T5ForConditionalGeneration(T5Config(num_layers=1, d_model=8, d_ff=8, num_heads=2, vocab_size=9, d_kv=4))
-        )
-    with pytest.raises(ModelError, match="not a Hugging Face model"):
-        fasttrace.Tracer(torch.nn.Linear(2, 2))
-    with torch.device("meta"):
-        empty = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=12, vocab_size=9))
-    with pytest.raises(ModelError, match="meta device"):
-        fasttrace.Tracer(empty)
 
 
 def test_a_local_folder_is_loaded_by_its_path(tmp_path):

@@ -191,7 +191,7 @@ def test_the_same_run_again_is_fine(folder, tmp_path, without_figure):
     [
         (("--seed", 2), "seed 1 there, 2 here"),
         (("--noise", "s3"), "noise 0.5 there, 's3' here"),
-        (("--window", 2), "windows"),
+        (("--window", 2), "window 10 there, 2 here"),
         (("--stream", "block_output"), "windows"),
         (("--dtype", "bfloat16"), "dtype 'float32' there, 'bfloat16' here"),
     ],

@@ -198,7 +198,7 @@ def test_an_overflow_names_its_block(family, engine):
     model = tiny_model(family)
     anatomy = anatomy_of(model)
     with torch.no_grad():
-        next(p for p in anatomy.down[2].parameters() if p.dim() > 1).fill_(float("inf"))
+        next(p for p in anatomy.parts.down[2].parameters() if p.dim() > 1).fill_(float("inf"))
     with pytest.raises(NumericsError, match="block 2 produced inf or NaN in float32"):
         ENGINES[engine](anatomy, make_job(5, (1, 2), 1, all_grids(STREAMS, 2, 5)), lambda: None)
 
@@ -208,7 +208,7 @@ def test_a_float16_overflow_advises_bfloat16():
 
     anatomy = anatomy_of(tiny_model("llama", torch.float16))
     with torch.no_grad():
-        next(anatomy.down[1].parameters()).fill_(60000.0)
+        next(anatomy.parts.down[1].parameters()).fill_(60000.0)
     with pytest.raises(NumericsError, match=r"block 1 .* float16: load the model with dtype='bfloat16'"):
         ENGINES["wavefront"](anatomy, make_job(5, (1, 2), 1), lambda: None)
 

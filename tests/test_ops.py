@@ -23,7 +23,7 @@ def test_the_fused_gelu_is_transformers_gelu(dtype, tolerance):
 
 def test_fusing_lasts_as_long_as_the_context():
     anatomy = anatomy_of(tiny_model("gpt2"))
-    mlp = anatomy.mlp[0]
+    mlp = anatomy.parts.mlp[0]
     with fused(anatomy):
         assert "forward" in vars(mlp)
         assert "forward" in vars(mlp.act)
@@ -35,7 +35,7 @@ def test_fusing_lasts_as_long_as_the_context():
 
 def test_an_mlp_in_chunks_is_the_mlp(family, monkeypatch):
     monkeypatch.setattr(ops, "CPU_CHUNK", 3)
-    mlp = anatomy_of(tiny_model(family)).mlp[0]
+    mlp = anatomy_of(tiny_model(family)).parts.mlp[0]
     hidden = torch.randn(1, 11, 32)
     seen = []
     with torch.no_grad(), output_hook(next(mlp.children()), lambda out: seen.append(out.shape[1])):

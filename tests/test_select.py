@@ -35,8 +35,9 @@ def wrong(run, amount):
     return off
 
 
-def test_a_wrong_wavefront_steps_down_to_rows_with_the_number(family, monkeypatch, caplog):
-    monkeypatch.setitem(ENGINES, "wavefront", wrong(ENGINES["wavefront"], 1.01))
+def test_wrong_packed_engines_step_down_to_rows_with_the_number(family, monkeypatch, caplog):
+    for name in ("wavefront", "fork"):
+        monkeypatch.setitem(ENGINES, name, wrong(ENGINES[name], 1.01))
     with caplog.at_level(logging.WARNING, logger="fasttrace"):
         choice = select.choose(anatomy_of(tiny_model(family)))
     assert choice.name == "rows"
@@ -44,20 +45,20 @@ def test_a_wrong_wavefront_steps_down_to_rows_with_the_number(family, monkeypatc
     assert "stepping down" in caplog.text
 
 
-def test_a_wavefront_that_crashes_steps_down_to_rows(family, monkeypatch):
+def test_a_wavefront_that_crashes_steps_down_to_fork(family, monkeypatch):
     def crash(anatomy, job, tick):
         raise RuntimeError("shape mismatch")
 
     monkeypatch.setitem(ENGINES, "wavefront", crash)
     choice = select.choose(anatomy_of(tiny_model(family)))
-    assert choice.name == "rows"
+    assert choice.name == "fork"
     assert "RuntimeError: shape mismatch" in choice.reason
 
 
 def test_no_engine_is_better_than_a_wrong_one(family, monkeypatch):
-    for name in ("wavefront", "rows"):
+    for name in ENGINES:
         monkeypatch.setitem(ENGINES, name, wrong(ENGINES[name], 1.5))
-    with pytest.raises(EngineError, match=r"no engine is right .*wavefront differs.*rows differs"):
+    with pytest.raises(EngineError, match=r"no engine is right .*wavefront differs.*by 4.1e-01.*reference differs"):
         select.choose(anatomy_of(tiny_model(family)))
 
 
@@ -66,14 +67,14 @@ def test_a_model_whose_attention_ignores_the_interface_is_caught(monkeypatch):
     from fasttrace import attention
 
     def plain(module, query, key, value, attention_mask, **kwargs):
-        state = attention._running()
-        state.calls += 1
+        attention._running().calls += 1
         output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         return output.transpose(1, 2), None
 
     monkeypatch.setitem(attention.ALL_ATTENTION_FUNCTIONS._global_mapping, attention.NAME, plain)
     choice = select.choose(anatomy_of(tiny_model("gpt2")))
-    assert choice.name == "rows"
+    assert choice.name == "fork"
+    assert "wavefront differs from plain forward passes" in choice.reason
 
 
 def test_a_named_engine_is_not_checked(family, monkeypatch):

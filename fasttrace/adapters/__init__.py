@@ -1,6 +1,7 @@
-"""Adapters: the parts of a Hugging Face model that the engines touch, found by family."""
+"""Adapters: the parts of a Hugging Face model that the engines touch, found by rules rather than by family."""
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -8,12 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from fasttrace.adapters.families import FAMILIES, Family
+from fasttrace.adapters.inputs import InputAxes, input_axes
+from fasttrace.adapters.rules import Parts, find_parts
+from fasttrace.adapters.sizes import flops_of, width_of
 from fasttrace.cost import UnitWork
 from fasttrace.errors import ModelError
 
-__all__ = ["Anatomy", "anatomy_of"]
+__all__ = ["Anatomy", "anatomy_of", "module_paths"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,17 +26,21 @@ class Anatomy:
 
     Attributes:
         model: the causal language model itself, unmodified.
-        embedding: its input embedding module.
-        blocks: the transformer blocks, in order.
-        attention, mlp, down: of each block, the modules named in `Family`.
+        parts: its modules.
     """
 
     model: PreTrainedModel
-    embedding: nn.Module
-    blocks: tuple[nn.Module, ...]
-    attention: tuple[nn.Module, ...]
-    mlp: tuple[nn.Module, ...]
-    down: tuple[nn.Module, ...]
+    parts: Parts
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The input embedding."""
+        return self.parts.embedding
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """The transformer blocks, in order."""
+        return self.parts.blocks
 
     @property
     def n_layers(self) -> int:
@@ -40,11 +48,89 @@ class Anatomy:
         return len(self.blocks)
 
     @cached_property
+    def decoder(self) -> Any:
+        """The language model's trunk; in a model of text and images not the whole model."""
+        return self.model.get_decoder()
+
+    @cached_property
+    def config(self) -> Any:
+        """Of the text part."""
+        return self.model.config.get_text_config(decoder=True)
+
+    @cached_property
+    def streams(self) -> tuple[str, ...]:
+        """The figure's streams, as far as this model has them.
+
+        A mixture of experts has no single down projection: its stream is `mlp_output`. Some recurrent models have
+        no MLP at all.
+        """
+        mlp = "mlp_activation" if all(self.parts.down) else "mlp_output"
+        return ("block_output", *([mlp] if all(self.parts.mlp) else []), *self._attention_stream)
+
+    @property
+    def _attention_stream(self) -> tuple[str, ...]:
+        return ("attention_output",) if all(self.parts.attention) else ()
+
+    def modules_at(self, site: str) -> tuple[nn.Module, ...]:
+        """The modules whose output (block_input, mlp_activation: input) a site is, one a block.
+
+        Raises:
+            ModelError: a block has no such module.
+        """
+        modules = {
+            "block_input": self.blocks,
+            "block_output": self.blocks,
+            "attention_output": self.parts.attention,
+            "mlp_output": self.parts.mlp,
+            "mlp_activation": self.parts.down,
+        }[site]
+        missing = [number for number, module in enumerate(modules) if module is None]
+        if missing:
+            raise ModelError(
+                f"block {missing[0]} of {type(self.model).__name__} has no {site}; it has {', '.join(self.streams)}: "
+                "pass some of these as streams, or name the module with Tracer(modules=...)"
+            )
+        return modules
+
+    @cached_property
+    def block_axes(self) -> InputAxes:
+        """Axes of the blocks' arguments."""
+        return input_axes(self.model, self.blocks[0], self.device)
+
+    @cached_property
+    def row_axis(self) -> int:
+        """Axis of the rows in the residual stream; the axis after it counts tokens.
+
+        Raises:
+            ModelError: rows and tokens are not neighbors in this model.
+        """
+        axes = self.block_axes.hidden
+        if axes.row is None or axes.token != (axes.row + 1,) or axes.per_row != 1:
+            raise ModelError(f"{type(self.model).__name__} does not keep hidden states as [row, position, d_model]")
+        return axes.row
+
+    @cached_property
+    def mixer_axes(self) -> InputAxes:
+        """Axes of the attention modules' arguments.
+
+        Raises:
+            ModelError: the first block has no attention module.
+        """
+        self.modules_at("attention_output")
+        mixer: Any = self.parts.mixers[0]
+        return input_axes(self.model, mixer, self.device)
+
+    @cached_property
     def device(self) -> torch.device:
         """Where the model takes its token ids."""
         hook = getattr(self.embedding, "_hf_hook", None)
         device = getattr(hook, "execution_device", None)
         return torch.device(device) if device is not None else next(self.embedding.parameters()).device
+
+    @cached_property
+    def is_offloaded(self) -> bool:
+        """Whether some weights come to their device only when they are used."""
+        return any(parameter.is_meta for parameter in self.model.parameters())
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -60,13 +146,12 @@ class Anatomy:
     @cached_property
     def max_positions(self) -> int | None:
         """Longest prompt the model has positions for, if it says."""
-        config = self.model.config
-        return getattr(config.get_text_config(), "max_position_embeddings", None)
+        return getattr(self.config, "max_position_embeddings", None)
 
     @cached_property
     def vocabulary(self) -> int:
         """Width of the logits."""
-        return _head_of(self.model).weight.shape[0]
+        return width_of(self.model.get_output_embeddings()) or self.config.vocab_size
 
     @cached_property
     def keeps_logits(self) -> bool:
@@ -79,70 +164,62 @@ class Anatomy:
 
         Three copies of the widest activation and ten of the hidden state hold for GPT-2 and Llama-like blocks.
         """
-        widest = max(_input_width(down) for down in self.down)
+        widths = [width_of(module) or 0 for block in self.blocks for module in block.modules()]
+        widest = max([4 * self.d_model, *widths])
         return self.dtype.itemsize * (3 * widest + 10 * self.d_model)
 
     @cached_property
     def unit_work(self) -> UnitWork:
         """Floating-point operations of each part, from the sizes of its weight matrices."""
-        config = self.model.config.get_text_config()
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(self.config, "num_attention_heads", 0)
+        heads = heads if isinstance(heads, int) else max(heads, default=0)
+        head_dim = getattr(self.config, "head_dim", None) or self.d_model // max(1, heads)
+        blocks = [flops_of(block, self.config) for block in self.blocks]
+        mixers = [flops_of(mixer, self.config) for mixer in self.parts.mixers]
         return UnitWork(
-            attention=tuple(map(_matrix_flops, self.attention)),
-            mlp=tuple(map(_matrix_flops, self.mlp)),
-            pair=4 * config.num_attention_heads * head_dim,
-            head=_matrix_flops(_head_of(self.model)),
+            attention=tuple(mixers),
+            mlp=tuple(block - mixer for block, mixer in zip(blocks, mixers, strict=True)),
+            pair=4 * heads * head_dim,
+            head=flops_of(self.model.get_output_embeddings(), self.config),
         )
 
 
-def anatomy_of(model: Any) -> Anatomy:
+def anatomy_of(model: Any, modules: Mapping[str, str] | None = None) -> Anatomy:
     """Finds the parts of a model.
 
+    Args:
+        model: a causal language model.
+        modules: paths of modules that the rules do not find; see `Tracer`.
+
     Raises:
-        ModelError: not a decoder-only language model, or of a family without an adapter.
+        ModelError: not a decoder-only language model, without weights, with blocks that no rule finds, or with
+            hidden states that are not [..., row, position, ...].
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_input_embeddings"):
         raise ModelError(f"{type(model).__name__} is not a Hugging Face model; load one with AutoModelForCausalLM")
+    name = type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{type(model).__name__} is an encoder-decoder model; causal tracing needs a decoder-only one")
+        raise ModelError(f"{name} is an encoder-decoder model; causal tracing needs a decoder-only one")
+    if name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+        raise ModelError(f"{name} fills in masked words; causal tracing needs a model that predicts the next token")
     if model.get_output_embeddings() is None:
-        raise ModelError(f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM")
-    if any(parameter.is_meta for parameter in model.parameters()) and not hasattr(model, "hf_device_map"):
+        raise ModelError(f"{name} has no language-model head; load it with AutoModelForCausalLM")
+    if any(map(_has_no_weights, model.modules())):
         raise ModelError("the model has no weights (meta device); load it with from_pretrained, or call to_empty first")
-    return _dissected(model, _family_of(config.model_type))
+    anatomy = Anatomy(model, find_parts(model, modules))
+    _ = anatomy.row_axis  # two short calls of the model, before anybody's hooks are on it
+    return anatomy
 
 
-def _family_of(model_type: str) -> Family:
-    family = FAMILIES.get(model_type)
-    if family is None:
-        raise ModelError(f"no adapter for model type {model_type!r}; supported: {', '.join(sorted(FAMILIES))}")
-    return family
+def module_paths(anatomy: Anatomy) -> dict[str, str]:
+    """Where the parts were found, the parts of a block in the first block; for results and people."""
+    names = {module: name for name, module in anatomy.model.named_modules()}
+    parts = anatomy.parts
+    found = {"embedding": parts.embedding, "attention": parts.attention[0], "mlp": parts.mlp[0], "down": parts.down[0]}
+    blocks = names[anatomy.blocks[0]].rpartition(".")[0]
+    return {"blocks": blocks} | {what: names[module] for what, module in found.items() if module is not None}
 
 
-def _dissected(model: PreTrainedModel, family: Family) -> Anatomy:
-    blocks = tuple(model.get_submodule(family.blocks).children())
-
-    def of_each_block(path: str) -> tuple[nn.Module, ...]:
-        return tuple(block.get_submodule(path) for block in blocks)
-
-    return Anatomy(
-        model=model,
-        embedding=model.get_input_embeddings(),
-        blocks=blocks,
-        attention=of_each_block(family.attention),
-        mlp=of_each_block(family.mlp),
-        down=of_each_block(family.down),
-    )
-
-
-def _matrix_flops(module: nn.Module) -> int:
-    return 2 * sum(parameter.numel() for parameter in module.parameters() if parameter.dim() >= 2)
-
-
-def _head_of(model: PreTrainedModel) -> Any:
-    return model.get_output_embeddings()
-
-
-def _input_width(projection: nn.Module) -> int:
-    return max(max(parameter.shape) for parameter in projection.parameters())
+def _has_no_weights(module: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in module.parameters(recurse=False)) and not hasattr(module, "_hf_hook")

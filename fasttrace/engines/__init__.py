@@ -1,7 +1,8 @@
-"""Engines: three ways to run the same cells, held to the same numbers.
+"""Engines: four ways to run the same cells, held to the same numbers.
 
-`wavefront` runs a sweep in one packed forward pass, `rows` the same cells as full rows of a growing batch,
-`reference` one cell at a time. All are `run(anatomy, job, tick) -> Scores`.
+`wavefront` runs a sweep in one packed forward pass, `fork` does so for models with attention code of their own,
+`rows` runs the same cells as full rows of a growing batch, `reference` one cell at a time.
+All are `run(anatomy, job, tick) -> Scores`.
 """
 
 from fasttrace.adapters import Anatomy
@@ -12,10 +13,10 @@ from fasttrace.plan import Layout
 
 __all__ = ["ENGINES", "Job", "Tick", "cost_of_job"]
 
-ENGINES = {"wavefront": wavefront.run, "rows": rows.run, "reference": reference.run}
+ENGINES = {"wavefront": wavefront.run, "fork": wavefront.run_fork, "rows": rows.run, "reference": reference.run}
 """In the order in which "auto" tries them."""
 
-LAYOUTS: dict[str, Layout] = {"wavefront": wavefront.LAYOUT, "rows": rows.LAYOUT}
+LAYOUTS: dict[str, Layout] = {"wavefront": wavefront.LAYOUT, "fork": wavefront.LAYOUT, "rows": rows.LAYOUT}
 """What a row holds in the engines that run plans."""
 
 

@@ -3,82 +3,106 @@
 Slow and obvious. It reads cells, never compiled tables; the tests hold the other engines to it.
 """
 
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fasttrace.adapters import Anatomy
-from fasttrace.cells import Cell
+from fasttrace.cells import Cell, Edit
 from fasttrace.engines.job import Job, Tick
 from fasttrace.hooks import evaluating, hidden_hook, output_hook
-from fasttrace.readout import Scores
+from fasttrace.readout import Scores, distributions
+
+Run = tuple[Cell, int | None]
+"""A row of a plain pass: its edits, and its noise sample (None: clean)."""
 
 Values = dict[tuple[str, int], Tensor]
-"""(site, layer) -> [1, position, width]."""
+"""(site, layer) -> [row, position, ...]."""
 
 
-def run(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
-    """Runs every cell of a job for every noise sample; see `job.Job`."""
+def run(anatomy: Anatomy, job: Job, tick: Tick, rows: int = 1) -> Scores:
+    """Runs every cell of a job for every noise sample; see `job.Job`.
+
+    Args:
+        anatomy: the model.
+        job: what to run.
+        tick: called after each restored run.
+        rows: runs in one pass, each a whole prompt. One is the specification; the self-check takes more.
+    """
+    base: list[Run] = [((), None), *(((), sample) for sample in range(job.samples))]
+    restored: list[Run] = [(cell, sample) for cell in job.cells for sample in range(job.samples)]
     sites = {(edit.site, edit.layer) for cell in job.cells for edit in cell}
-    scores, corrupted = np.zeros((len(job.cells), job.samples)), []
+    values: dict[tuple[str, int], list[Tensor]] = {place: [] for place in sites}
     with evaluating(anatomy.model):
-        clean_values, clean = _recorded(anatomy, job, None, sites)
+        base_rows = []
+        for part in _parts(base, rows):
+            recorded, distribution = _pass(anatomy, job, part, {}, sites)
+            base_rows.append(distribution)
+            for place, value in recorded.items():
+                values[place].append(value)
+        known = {place: torch.cat(parts) for place, parts in values.items()}
+        clean, *corrupted = np.concatenate(base_rows)
         target = int(clean.argmax()) if job.target is None else job.target
-        for sample, noise in enumerate(job.corruption.noise):
-            corrupted_values, distribution = _recorded(anatomy, job, noise, sites)
-            corrupted.append(distribution)
-            values = {"clean": clean_values, "corrupted": corrupted_values}
-            for number, cell in enumerate(job.cells):
-                scores[number, sample] = _restored(anatomy, job, noise, cell, values)[target]
+        scores = []
+        for part in _parts(restored, rows):
+            scores.extend(_pass(anatomy, job, part, known, ())[1][:, target])
+            for _ in part:
                 tick()
-    return Scores(target, scores, clean, np.stack(corrupted))
+    cells = np.array(scores, dtype=np.float64).reshape(len(job.cells), job.samples)
+    return Scores(target, cells, clean, np.stack(corrupted))
 
 
-def _recorded(anatomy: Anatomy, job: Job, noise: Tensor | None, sites) -> tuple[Values, np.ndarray]:
-    values: Values = {}
+def _parts(runs: Sequence[Run], size: int) -> list[Sequence[Run]]:
+    return [runs[begin : begin + size] for begin in range(0, len(runs), size)]
+
+
+def _pass(
+    anatomy: Anatomy, job: Job, runs: Sequence[Run], known: Values, wanted: Collection[tuple[str, int]]
+) -> tuple[Values, np.ndarray]:
+    """One forward pass: the values it was asked to record, and next-token distributions [row, vocab]."""
+    recorded: Values = {}
     with ExitStack() as stack:
-        for site, layer in sites:
-            _at(stack, anatomy, site, layer, lambda x, key=(site, layer): values.__setitem__(key, x.clone()))
-        return values, _distribution(anatomy, job, noise)
+        stack.enter_context(output_hook(anatomy.embedding, partial(_corrupted, job, runs)))
+        for place in wanted:
+            _at(stack, anatomy, len(runs), *place, lambda x, place=place: recorded.__setitem__(place, x.clone()))
+        for row, (cell, sample) in enumerate(runs):
+            for edit in cell:
+                base_row = 0 if edit.source == "clean" else 1 + (sample or 0)
+                value = known[edit.site, edit.layer][base_row, edit.position]
+                _at(stack, anatomy, len(runs), edit.site, edit.layer, partial(_overwritten, row, edit, value))
+        ids = job.token_ids.to(anatomy.device).expand(len(runs), -1)
+        logits = anatomy.model(input_ids=ids, use_cache=False).logits
+    return recorded, distributions(logits[:, -1])
 
 
-def _restored(anatomy: Anatomy, job: Job, noise: Tensor, cell: Cell, values: dict[str, Values]) -> np.ndarray:
-    with ExitStack() as stack:
-        for edit in cell:
-            value = values[edit.source][edit.site, edit.layer][:, edit.position]
-            _at(stack, anatomy, edit.site, edit.layer, lambda x, v=value, p=edit.position: _with(x, p, v))
-        return _distribution(anatomy, job, noise)
+def _corrupted(job: Job, runs: Sequence[Run], embeddings: Tensor) -> Tensor:
+    begin, end = job.corruption.span
+    embeddings = embeddings.clone()
+    for row, (_, sample) in enumerate(runs):
+        if sample is not None:
+            noise = job.corruption.noise[sample].to(embeddings.device)
+            embeddings[row, begin:end] = (embeddings[row, begin:end].double() + noise).to(embeddings.dtype)
+    return embeddings
 
 
-def _with(hidden: Tensor, position: int, value: Tensor) -> Tensor:
-    hidden = hidden.clone()
-    hidden[:, position] = value
+def _overwritten(row: int, edit: Edit, value: Tensor, hidden: Tensor) -> Tensor:
+    hidden[row, edit.position] = value
     return hidden
 
 
-def _at(stack: ExitStack, anatomy: Anatomy, site: str, layer: int, rewrite) -> None:
-    places: dict[str, tuple] = {
-        "block_input": (hidden_hook, anatomy.blocks),
-        "block_output": (output_hook, anatomy.blocks),
-        "attention_output": (output_hook, anatomy.attention),
-        "mlp_output": (output_hook, anatomy.mlp),
-        "mlp_activation": (hidden_hook, anatomy.down),
-    }
-    hook, modules = places[site]
-    stack.enter_context(hook(modules[layer], rewrite))
+def _at(stack: ExitStack, anatomy: Anatomy, n_rows: int, site: str, layer: int, rewrite) -> None:
+    """Hooks a site; `rewrite` sees it as [row, position, ...], whatever the module's own axes are."""
+    is_block = site.startswith("block")
+    axis = anatomy.row_axis if is_block else 0
 
+    def rewrite_rows(hidden: Tensor) -> Tensor | None:
+        copy = hidden.clone()
+        rows = copy.unflatten(0, (n_rows, -1)) if copy.dim() == 2 else copy.movedim((axis, axis + 1), (0, 1))
+        return None if rewrite(rows) is None else copy
 
-def _distribution(anatomy: Anatomy, job: Job, noise: Tensor | None) -> np.ndarray:
-    begin, end = job.corruption.span
-
-    def corrupt(embeddings: Tensor) -> Tensor | None:
-        if noise is None:
-            return None
-        subject = embeddings[:, begin:end].double() + noise.to(embeddings.device)
-        return torch.cat((embeddings[:, :begin], subject.to(embeddings.dtype), embeddings[:, end:]), dim=1)
-
-    with output_hook(anatomy.embedding, corrupt):
-        logits = anatomy.model(input_ids=job.token_ids[None].to(anatomy.device), use_cache=False).logits
-    return logits[0, -1].float().softmax(-1).cpu().numpy()
+    hook = hidden_hook if site in ("block_input", "mlp_activation") else output_hook
+    stack.enter_context(hook(anatomy.modules_at(site)[layer], rewrite_rows))

@@ -1,7 +1,7 @@
 """A whole plan as full rows [row, position, d_model]: the batch grows from block to block.
 
 No attention trick: every row is a whole prompt, computed by the model as any batch. Slower than the wavefront,
-right for any trunk that treats rows alike.
+right for any trunk that treats rows alike, recurrent ones included.
 """
 
 from contextlib import ExitStack
@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fasttrace.adapters import Anatomy
+from fasttrace.adapters.inputs import Path
 from fasttrace.engines.job import Job, Tick
-from fasttrace.engines.tables import BlockTables, LastBlock, base_logits, grown, restore, tables_of
+from fasttrace.engines.tables import BlockTables, LastBlock, base_logits, grown, picked, restore, tables_of
 from fasttrace.hooks import evaluating, input_hook, output_hook, raw_output_hook
 from fasttrace.plan import Layout
 from fasttrace.readout import Scores
@@ -26,15 +27,14 @@ def run(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
         NumericsError: a block produced inf or NaN.
     """
     plan = job.plan(anatomy.n_layers, LAYOUT)
+    n_base, n_positions = 1 + job.samples, len(job.token_ids)
     last_block = LastBlock(anatomy, plan)
     with ExitStack() as stack:
         stack.enter_context(evaluating(anatomy.model))
         stack.enter_context(output_hook(anatomy.embedding, job.corruption.added_to))
         for number, block in enumerate(plan.blocks):
-            step = _Step(tables_of(block, len(job.token_ids), anatomy.device), 1 + job.samples, len(job.token_ids))
-            stack.enter_context(input_hook(anatomy.blocks[number], step.enter))
-            stack.enter_context(output_hook(anatomy.attention[number], step.restore_attention))
-            stack.enter_context(output_hook(anatomy.mlp[number], step.restore_mlp))
+            step = _Step(anatomy, number, tables_of(block, n_positions, anatomy.device), n_base, n_positions)
+            step.hook(stack)
             stack.enter_context(output_hook(anatomy.blocks[number], last_block.watcher(tick)))
         stack.enter_context(raw_output_hook(anatomy.blocks[-1], last_block.split))
         logits = base_logits(anatomy, job)
@@ -45,32 +45,44 @@ def run(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
 class _Step:
     """One block of the pass."""
 
+    anatomy: Anatomy
+    number: int
     tables: BlockTables
     n_base: int
     n_positions: int
 
+    def hook(self, stack: ExitStack) -> None:
+        """Puts the hooks on the block and its parts, until the stack is closed."""
+        stack.enter_context(input_hook(self.anatomy.blocks[self.number], self.enter))
+        for site, edits in (("attention_output", self.tables.attention), ("mlp_output", self.tables.mlp)):
+            if edits is not None:
+                module = self.anatomy.modules_at(site)[self.number]
+                stack.enter_context(output_hook(module, lambda hidden, edits=edits: restore(hidden, edits)))
+
     def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Hook on the block: grows its arguments."""
-        return grown(args, kwargs, self._grow_hidden, self._grow_side)
+        return grown(args, kwargs, self._grow_hidden, self._grow_other, self._grow_shared)
 
     def _grow_hidden(self, hidden: Tensor) -> Tensor:
         if self.tables.source is None:
             return hidden
-        tokens = hidden.flatten(0, 1).index_select(0, self.tables.source)
-        return tokens.unflatten(0, (-1, self.n_positions))
+        axis = self.anatomy.row_axis
+        tokens = picked(hidden.flatten(axis, axis + 1), axis, self.tables.source)
+        return tokens.unflatten(axis, (-1, self.n_positions))
 
-    def _grow_side(self, side_input: Tensor) -> Tensor:
+    def _grow_other(self, path: Path, tensor: Tensor) -> Tensor:
         """[base row, ...] -> [row, ...]; what has no row axis is shared by all rows."""
-        per_row = side_input.dim() > 1 and side_input.shape[0] == self.n_base
-        return side_input.index_select(0, self._base_rows()) if per_row else side_input
+        axes = self.anatomy.block_axes.of(path, tensor, self.n_base, self.n_positions)
+        if axes.row is None:
+            return tensor
+        rows = picked(tensor.unflatten(axes.row, (self.n_base, axes.per_row)), axes.row, self._base_rows())
+        return rows.flatten(axes.row, axes.row + 1)
+
+    def _grow_shared(self, states: Tensor) -> Tensor:
+        """Keys and values [row, head, position, d_head] of an earlier block."""
+        if self.tables.carried is None:
+            return states
+        return picked(states, 0, self.tables.carried[:: self.n_positions] // self.n_positions)
 
     def _base_rows(self) -> Tensor:
         return self.tables.origin[:: self.n_positions] // self.n_positions
-
-    def restore_attention(self, hidden: Tensor) -> Tensor | None:
-        """Hook on the attention module."""
-        return restore(hidden, self.tables.attention)
-
-    def restore_mlp(self, hidden: Tensor) -> Tensor | None:
-        """Hook on the MLP module."""
-        return restore(hidden, self.tables.mlp)

@@ -5,6 +5,7 @@ the check is not optional for "auto", and a named engine must run or raise.
 """
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -13,9 +14,9 @@ import torch
 from torch import nn
 
 from fasttrace.adapters import Anatomy
-from fasttrace.cells import STREAMS, Cell, Edit, window_of
+from fasttrace.cells import Cell, Edit, window_of
 from fasttrace.corruption import draw, sigma_of
-from fasttrace.engines import ENGINES
+from fasttrace.engines import ENGINES, reference
 from fasttrace.engines.job import Job
 from fasttrace.errors import EngineError, FasttraceError
 from fasttrace.ops import fused
@@ -27,6 +28,9 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 HALF_TOLERANCE = 0.3
 """Largest difference of a log-probability that the self-check lets pass. Half precision moves by this much when
 only the shapes of its matrix products change."""
+
+TOP_TOKENS = 20
+"""Most likely next tokens of each base run that are compared."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class EngineChoice:
     self_check_error: float | None = None
 
 
-_CHOICES: WeakKeyDictionary[nn.Module, dict[bool, EngineChoice]] = WeakKeyDictionary()
+_CHOICES: WeakKeyDictionary[nn.Module, dict[tuple, EngineChoice]] = WeakKeyDictionary()
 
 
 def choose(anatomy: Anatomy, engine: str = "auto", fuse: bool = True) -> EngineChoice:
@@ -58,17 +62,27 @@ def choose(anatomy: Anatomy, engine: str = "auto", fuse: bool = True) -> EngineC
     if engine != "auto":
         raise EngineError(f"unknown engine {engine!r}; choose from auto, {', '.join(ENGINES)}")
     choices = _CHOICES.setdefault(anatomy.model, {})
-    if fuse not in choices:
-        choices[fuse] = _first_that_passes(anatomy, fuse)
-    return choices[fuse]
+    key = (fuse, anatomy.parts, str(anatomy.model.config._attn_implementation))
+    if key not in choices:
+        choices[key] = _first_that_passes(anatomy, fuse)
+    return choices[key]
+
+
+def order(anatomy: Anatomy) -> tuple[str, ...]:
+    """The engines in the order in which "auto" tries them.
+
+    The fork engine calls attention once per group of rows, so it would load offloaded weights as often.
+    """
+    return ("wavefront", "rows", "fork", "reference") if anatomy.is_offloaded else tuple(ENGINES)
 
 
 def _first_that_passes(anatomy: Anatomy, fuse: bool) -> EngineChoice:
     job = _check_job(anatomy)
-    expected = ENGINES["reference"](anatomy, job, _no_tick)
     tolerance = TOLERANCE.get(anatomy.dtype, HALF_TOLERANCE)
+    expected = reference.run(anatomy, job, _no_tick, rows=len(job.cells) * job.samples)
+    _check_reference(anatomy, expected, tolerance)
     failures: list[str] = []
-    for name in ("wavefront", "rows"):
+    for name in order(anatomy):
         problem, error = _compare(anatomy, job, name, expected, tolerance, fuse)
         if problem is None:
             reason = "; ".join([*failures, f"{name} passed the self-check"])
@@ -79,6 +93,20 @@ def _first_that_passes(anatomy: Anatomy, fuse: bool) -> EngineChoice:
     raise EngineError(f"no engine is right for {type(anatomy.model).__name__}: {'; '.join(failures)}")
 
 
+def _check_reference(anatomy: Anatomy, expected: Scores, tolerance: float) -> None:
+    """Raises where plain forward passes do not do what causal tracing takes for granted."""
+    name = type(anatomy.model).__name__
+    if not np.isfinite(expected.cells).all():
+        raise EngineError(f"{name} gives NaN for a prompt of arbitrary tokens in {anatomy.dtype}; try dtype='bfloat16'")
+    moved = np.abs(_log(expected.cells[0]) - _log(expected.corrupted[:, expected.target])).max()
+    if moved > tolerance:
+        raise EngineError(
+            f"{name} does not read from left to right, or not twice the same: restoring a token before the subject, "
+            f"where the runs do not differ, moves log p by {moved:.1e} (allowed {tolerance:.0e}); causal tracing needs "
+            "a causal model that repeats its numbers"
+        )
+
+
 def _compare(
     anatomy: Anatomy, job: Job, name: str, expected: Scores, tolerance: float, fuse: bool
 ) -> tuple[str | None, float | None]:
@@ -86,8 +114,8 @@ def _compare(
     try:
         with fused(anatomy, fuse):
             error = _distance(ENGINES[name](anatomy, job, _no_tick), expected)
-    except (FasttraceError, RuntimeError, TypeError, AttributeError, KeyError, IndexError) as raised:
-        return f"does not run ({type(raised).__name__}: {raised})", None
+    except (FasttraceError, RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError) as raised:
+        return f"does not run ({type(raised).__name__}: {_first_line(raised)})", None
     if not error <= tolerance:
         return (
             f"differs from plain forward passes by {error:.1e} in log-probability (allowed {tolerance:.0e})",
@@ -97,34 +125,48 @@ def _compare(
 
 
 def _distance(scores: Scores, expected: Scores) -> float:
-    """Largest difference of log p(target) over base runs and cells."""
+    """Largest difference of log p: of the target over all cells, of the likeliest tokens over the base runs."""
+    differences = [np.abs(_log(scores.cells) - _log(expected.cells)).max()]
+    for given, wanted in zip(_base_runs(scores), _base_runs(expected), strict=True):
+        top = np.argsort(-wanted)[:TOP_TOKENS]
+        differences.append(np.abs(_log(given[top]) - _log(wanted[top])).max())
+    return float(np.max(differences))
 
-    def of_target(given: Scores) -> np.ndarray:
-        base = [given.clean[None, expected.target], given.corrupted[:, expected.target], given.cells.ravel()]
-        return np.log(np.maximum(np.concatenate(base, dtype=np.float64), 1e-30))
 
-    return float(np.abs(of_target(scores) - of_target(expected)).max())
+def _base_runs(scores: Scores) -> Iterator[np.ndarray]:
+    yield scores.clean
+    yield from scores.corrupted
+
+
+def _log(probabilities: np.ndarray) -> np.ndarray:
+    return np.log(np.maximum(probabilities.astype(np.float64), 1e-30))
 
 
 def _check_job(anatomy: Anatomy) -> Job:
-    """A short prompt of arbitrary tokens, two noise samples, a few cells of every stream."""
+    """A short prompt of arbitrary tokens, two noise samples, a few cells of every stream.
+
+    The noise is strong, so that the runs differ widely and an error shows.
+    """
     n_positions = min(6, anatomy.max_positions or 6)
     ids = (torch.arange(n_positions) * 1013 + 7) % anatomy.vocabulary
     span = (min(1, n_positions - 1), min(3, n_positions))
-    sigma = sigma_of("s3", anatomy.embedding, [ids[slice(*span)].tolist()], anatomy.device)
+    sigma = sigma_of("s10", anatomy.embedding, [ids[slice(*span)].tolist()], anatomy.device)
     corruption = draw(span, anatomy.d_model, sigma=sigma, samples=2, seed=0)
-    return Job(ids, corruption, _check_cells(anatomy.n_layers, n_positions, span), target=None)
+    return Job(ids, corruption, tuple(_check_cells(anatomy, n_positions, span)), target=None)
 
 
-def _check_cells(n_layers: int, n_positions: int, span: tuple[int, int]) -> tuple[Cell, ...]:
-    places = ((n_layers // 4, span[0]), (n_layers // 2, n_positions - 1))
-    return tuple(
-        tuple(
-            Edit(stream, block, position) for block in window_of(layer, 1 if stream == "block_output" else 3, n_layers)
-        )
-        for stream in STREAMS
-        for layer, position in places
-    )
+def _check_cells(anatomy: Anatomy, n_positions: int, span: tuple[int, int]) -> Iterator[Cell]:
+    """First a cell before the subject (see `_check_reference`), then two of every stream."""
+    n_layers = anatomy.n_layers
+    yield (Edit("block_output", 0, 0),)
+    for stream in anatomy.streams:
+        for layer, position in ((n_layers // 4, span[0]), (n_layers // 2, n_positions - 1)):
+            blocks = window_of(layer, 1 if stream == "block_output" else 3, n_layers)
+            yield tuple(Edit(stream, block, position) for block in blocks)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]
 
 
 def _no_tick() -> None:

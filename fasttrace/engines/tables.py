@@ -1,6 +1,6 @@
-"""What the wavefront and rows engines share: tables on the device, growth, edits, and the end of a pass."""
+"""What the packed engines and rows share: tables on the device, growth, edits, and the end of a pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from fasttrace.adapters import Anatomy
+from fasttrace.adapters.inputs import Path
 from fasttrace.engines.job import Job, Tick
 from fasttrace.hooks import first_of, hidden_argument, with_first, with_hidden_argument
 from fasttrace.plan import BlockPlan, Plan
 from fasttrace.readout import Scores, check_finite, distributions, row_probabilities, scores_of_rows
+
+Edits = tuple[Tensor, Tensor]
+"""Tokens to write, tokens to read."""
 
 
 @dataclass(frozen=True)
@@ -20,17 +24,18 @@ class BlockTables:
     """`plan.BlockPlan` as int64 tensors.
 
     Attributes:
-        source, origin: as there.
+        source, carried, origin: as there.
         position: [token] prompt position of each token.
-        attention, mlp: (tokens to write, tokens to read); None where there is nothing to do.
+        attention, mlp: edits; None where there is nothing to do.
         mlp_computed: (keep, spread), in which the MLP's edits are applied already; None: all tokens are computed.
     """
 
     source: Tensor | None
+    carried: Tensor | None
     origin: Tensor
     position: Tensor
-    attention: tuple[Tensor, Tensor] | None
-    mlp: tuple[Tensor, Tensor] | None
+    attention: Edits | None
+    mlp: Edits | None
     mlp_computed: tuple[Tensor, Tensor] | None
 
 
@@ -45,59 +50,81 @@ def tables_of(block: BlockPlan, n_positions: int, device: torch.device) -> Block
 
     return BlockTables(
         source=move(block.source),
+        carried=move(block.source if block.carried is None else block.carried),
         origin=move(block.origin),
         position=move(block.origin % n_positions),
         attention=pair(block.attention_to, block.attention_from),
-        mlp=None if block.mlp_keep is not None else pair(block.mlp_to, block.mlp_from),
+        mlp=pair(block.mlp_to, block.mlp_from),
         mlp_computed=None if block.mlp_keep is None else (move(block.mlp_keep), move(block.mlp_spread)),
     )
 
 
-def restore(hidden: Tensor, edits: tuple[Tensor, Tensor] | None) -> Tensor | None:
+def picked(tensor: Tensor, axis: int, index: Tensor) -> Tensor:
+    """`tensor.index_select`, with the index on the tensor's own device: blocks may live on several."""
+    return tensor.index_select(axis, index.to(tensor.device, non_blocking=True))
+
+
+def restore(hidden: Tensor, edits: Edits | None) -> Tensor | None:
     """Overwrites tokens of a module's own fresh output with those of the base runs in the same pack, in place.
 
     Args:
-        hidden: [row, position, d_model].
+        hidden: [row, position, d_model], or [token, d_model].
         edits: tokens to write, tokens to read; None: nothing to do.
     """
     if edits is None:
         return None
     to, taken_from = edits
     tokens = hidden.flatten(0, -2)
-    tokens.index_copy_(0, to, tokens.index_select(0, taken_from))
+    tokens.index_copy_(0, to.to(hidden.device, non_blocking=True), picked(tokens, 0, taken_from))
     return tokens.unflatten(0, hidden.shape[:-1])
 
 
 def grown(
-    args: tuple, kwargs: dict, grow_hidden: Callable[[Tensor], Tensor], grow_side: Callable[[Tensor], Tensor]
+    args: tuple,
+    kwargs: dict,
+    grow_hidden: Callable[[Tensor], Tensor],
+    grow_other: Callable[[Path, Tensor], Tensor],
+    grow_shared: Callable[[Tensor], Tensor],
 ) -> tuple[tuple, dict]:
-    """A block's arguments with the hidden state grown, and every other tensor in them too."""
+    """A block's arguments with the hidden state grown, and every other tensor in them too.
 
-    def grow(value: Any) -> Any:
+    Args:
+        args: positional arguments.
+        kwargs: arguments by name.
+        grow_hidden: for the hidden state.
+        grow_other: for what comes from outside the blocks, by its path in the arguments.
+        grow_shared: for what earlier blocks of this pass left in a mapping that the blocks share; in place.
+    """
+
+    def grow(value: Any, path: Path) -> Any:
         if isinstance(value, Tensor):
-            return grow_side(value)
-        if isinstance(value, (tuple, list)):
-            return type(value)(map(grow, value))
+            return grow_other(path, value)
+        if type(value) in (tuple, list):
+            return type(value)(grow(item, (*path, number)) for number, item in enumerate(value))
         if type(value) is dict:
-            return {name: grow(item) for name, item in value.items()}
+            return {name: grow(item, (*path, name)) for name, item in value.items()}
+        if isinstance(value, MutableMapping):
+            for name, item in value.items():
+                value[name] = type(item)(map(grow_shared, item))
         return value
 
     hidden = grow_hidden(hidden_argument(args, kwargs))
     args, kwargs = with_hidden_argument(args, kwargs, None)
-    return with_hidden_argument(grow(args), grow(kwargs), hidden)
+    return with_hidden_argument(grow(args, ()), grow(kwargs, ()), hidden)
 
 
 class LastBlock:
     """Keeps the restored rows' last states when the last block is done, and lets the base rows go on.
 
     Attributes:
-        states: [sample * row, d_model], set by `split`.
+        states: [..., sample * row, d_model], set by `split`.
         block_sums: one sum over all outputs a block, for the check that they are finite.
     """
 
     def __init__(self, anatomy: Anatomy, plan: Plan):
         self.anatomy, self.plan = anatomy, plan
-        self.last_tokens = torch.from_numpy(plan.last_tokens.reshape(-1)).to(anatomy.device)
+        self.axis = anatomy.row_axis
+        self.last_tokens = torch.from_numpy(plan.last_tokens.reshape(-1))
         self.states = torch.zeros(0)
         self.block_sums: list[Tensor] = []
         self.form: Any = None
@@ -114,11 +141,11 @@ class LastBlock:
     def split(self, output: Any) -> Any:
         """The last block's output for the base rows alone, [1 + sample, position, d_model]."""
         self.form = output if not isinstance(output, Tensor) else None
-        tokens = first_of(output).flatten(0, -2)
+        tokens = first_of(output).flatten(self.axis, self.axis + 1)
         shape = self.plan.shape
-        self.states = tokens.index_select(0, self.last_tokens)
-        base = tokens[: (1 + shape.samples) * shape.n_positions]
-        return self.as_output(base.unflatten(0, (1 + shape.samples, shape.n_positions)))
+        self.states = picked(tokens, self.axis, self.last_tokens)
+        base = tokens.narrow(self.axis, 0, (1 + shape.samples) * shape.n_positions)
+        return self.as_output(base.unflatten(self.axis, (1 + shape.samples, shape.n_positions)))
 
     def as_output(self, hidden: Tensor) -> Any:
         """A hidden state in the form of a block's output."""
@@ -139,5 +166,5 @@ def base_logits(anatomy: Anatomy, job: Job) -> Tensor:
     ids = job.token_ids.to(anatomy.device).expand(1 + job.samples, -1)
     arguments: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if anatomy.keeps_logits:
-        arguments["logits_to_keep"] = torch.tensor([ids.shape[1] - 1], device=anatomy.device)
+        arguments["logits_to_keep"] = slice(-1, None)  # an int lets gemma4 drop tokens, a tensor has one device
     return anatomy.model(**arguments).logits[:, -1]

@@ -4,22 +4,29 @@ The trunk sees an ordinary batch of base rows. The first block's pre-hook turns 
 pre-hook grows the pack by one gather, and the last block's hook hands the base rows back.
 """
 
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fasttrace.adapters import Anatomy
-from fasttrace.attention import GroupOnDevice, RaggedState, ragged_attention, safe_implementation
+from fasttrace.adapters.inputs import Axes, Path
+from fasttrace.attention import GroupOnDevice, PackState, ragged_attention
 from fasttrace.engines.job import Job, Tick
-from fasttrace.engines.tables import BlockTables, LastBlock, base_logits, grown, restore, tables_of
+from fasttrace.engines.tables import BlockTables, Edits, LastBlock, base_logits, grown, picked, restore, tables_of
 from fasttrace.errors import EngineError
-from fasttrace.hooks import evaluating, hidden_hook, input_hook, output_hook, raw_output_hook
+from fasttrace.fork import Fork, forked_attention
+from fasttrace.hooks import evaluating, input_hook, output_hook, raw_output_hook
 from fasttrace.plan import BlockPlan, Layout
 from fasttrace.readout import Scores
 
 LAYOUT: Layout = "suffix"
+
+Attention = Callable[[Anatomy, PackState], AbstractContextManager[Fork | None]]
+"""How a pack attends, while the context is open."""
 
 
 def run(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
@@ -29,18 +36,31 @@ def run(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
         EngineError: the model does not attend through transformers' interface.
         NumericsError: a block produced inf or NaN.
     """
+    return _run(anatomy, job, tick, ragged_attention)
+
+
+def run_fork(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
+    """The same for models with attention code of their own, which is called once per group of rows.
+
+    Raises:
+        EngineError: the attention modules take no cache of earlier keys and values.
+        NumericsError: a block produced inf or NaN.
+    """
+    return _run(anatomy, job, tick, forked_attention)
+
+
+def _run(anatomy: Anatomy, job: Job, tick: Tick, attention: Attention) -> Scores:
     plan = job.plan(anatomy.n_layers, LAYOUT)
-    state = RaggedState(safe_implementation(anatomy.model), 1 + job.samples, len(job.token_ids))
+    state = PackState(1 + job.samples, len(job.token_ids))
     last_block = LastBlock(anatomy, plan)
     with ExitStack() as stack:
         stack.enter_context(evaluating(anatomy.model))
-        stack.enter_context(ragged_attention(anatomy.model, state))
+        fork = stack.enter_context(attention(anatomy, state))
         stack.enter_context(output_hook(anatomy.embedding, job.corruption.added_to))
         for number, block in enumerate(plan.blocks):
-            step = _Step(
-                number, tables_of(block, len(job.token_ids), anatomy.device), _groups_of(block, anatomy.device), state
-            )
-            _hook_block(stack, anatomy, step)
+            tables = tables_of(block, state.n_positions, anatomy.device)
+            step = _Step(anatomy, number, tables, _groups_of(block, anatomy.device), state)
+            step.hook(stack, fork)
             stack.enter_context(output_hook(anatomy.blocks[number], last_block.watcher(tick)))
         stack.enter_context(raw_output_hook(anatomy.blocks[-1], last_block.split))
         logits = base_logits(anatomy, job)
@@ -53,32 +73,94 @@ def run(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
 class _Step:
     """One block of the pass."""
 
+    anatomy: Anatomy
     number: int
     tables: BlockTables
     groups: tuple[GroupOnDevice, ...]
-    state: RaggedState
+    state: PackState
+
+    def hook(self, stack: ExitStack, fork: Fork | None) -> None:
+        """Puts the hooks on the block and its parts, until the stack is closed."""
+        stack.enter_context(input_hook(self.anatomy.blocks[self.number], self.enter))
+        edits = self.tables.attention
+        if edits is not None:
+            attention = self.anatomy.modules_at("attention_output")[self.number]
+            is_whole = attention is self.anatomy.parts.mixers[self.number]
+            rewrite = restore if fork is None or is_whole else fork.restore
+            stack.enter_context(output_hook(attention, partial(rewrite, edits=edits)))
+        mlp = self.anatomy.parts.mlp[self.number]
+        if self.tables.mlp_computed is not None and mlp is not None:
+            _MLP(*self.tables.mlp_computed, self.tables.mlp).hook(stack, mlp)
 
     def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Hook on the block: grows its arguments, and says which rectangles its attention will see."""
         self.state.groups = self.groups
-        return grown(args, kwargs, self._grow_hidden, self._grow_side)
+        return grown(args, kwargs, self._grow_hidden, self._grow_other, self._grow_shared)
 
     def _grow_hidden(self, hidden: Tensor) -> Tensor:
-        tokens = hidden.flatten(0, 1)
+        axis = self.anatomy.row_axis
+        tokens = hidden.flatten(axis, axis + 1)
         if self.tables.source is not None:
-            tokens = tokens.index_select(0, self.tables.source)
-        return tokens.unsqueeze(0)
+            tokens = picked(tokens, axis, self.tables.source)
+        return tokens.unsqueeze(axis)
 
-    def _grow_side(self, side_input: Tensor) -> Tensor:
-        """[1 or base row, position, ...] -> [1, token, ...]; other tensors, the mask first, are left as they are."""
-        n_base, n_positions = self.state.n_base, self.state.n_positions
-        if side_input.dim() < 2 or side_input.shape[1] != n_positions or side_input.shape[0] not in (1, n_base):
-            return side_input
-        if side_input.dim() == 4 and side_input.shape[1:] == (1, n_positions, n_positions):
-            return side_input
-        origin = self.tables.origin
-        index = self.tables.position if side_input.shape[0] == 1 else origin
-        return side_input.flatten(0, 1).index_select(0, index).unsqueeze(0)
+    def _grow_other(self, path: Path, tensor: Tensor) -> Tensor:
+        """[..., base row or 1, position, ...] -> [..., 1, token, ...]; masks and what has no tokens stay."""
+        axes = self.anatomy.block_axes.of(path, tensor, self.state.n_base, self.state.n_positions)
+        if len(axes.token) != 1:
+            return tensor
+        token = axes.token[0]
+        if token == 0:
+            return picked(tensor, 0, self.tables.position)
+        if axes.row == token - 1 and axes.per_row == 1:
+            return picked(tensor.flatten(token - 1, token), token - 1, self.tables.origin).unsqueeze(token - 1)
+        return picked(tensor, token, self.tables.position) if _is_of_tokens(tensor, axes) else tensor
+
+    def _grow_shared(self, states: Tensor) -> Tensor:
+        """Keys and values [1, head, token, d_head] of an earlier block."""
+        return states if self.tables.carried is None else picked(states, -2, self.tables.carried)
+
+
+def _is_of_tokens(tensor: Tensor, axes: Axes) -> bool:
+    """Whether what all rows share says something of each token, and is not a bias on the scores of keys."""
+    token = axes.token[0]
+    is_last = token == tensor.dim() - 1
+    return (
+        axes.row is None
+        and tensor.shape[token - 1] == 1
+        and (token == 1 or not is_last or not tensor.is_floating_point())
+    )
+
+
+class _MLP:
+    """Skips the MLP's thrown-away work: hooks on its input and output.
+
+    An MLP that takes more tensors than its hidden state is computed whole, and edited afterwards.
+    """
+
+    def __init__(self, keep: Tensor, spread: Tensor, edits: Edits | None):
+        self.keep, self.spread, self.edits = keep, spread, edits
+        self.skips = False
+
+    def hook(self, stack: ExitStack, mlp: nn.Module) -> None:
+        """Puts the hooks on a module, until the stack is closed."""
+        stack.enter_context(input_hook(mlp, self.enter))
+        stack.enter_context(output_hook(mlp, self.leave))
+
+    def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Keeps the tokens that have to be computed."""
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        self.skips = len(tensors) == len(args) == 1
+        return ((_tokens_picked(args[0], self.keep),), kwargs) if self.skips else None
+
+    def leave(self, hidden: Tensor) -> Tensor | None:
+        """Puts the computed tokens where they belong, restored ones included."""
+        return _tokens_picked(hidden, self.spread) if self.skips else restore(hidden, self.edits)
+
+
+def _tokens_picked(hidden: Tensor, index: Tensor) -> Tensor:
+    """[1, token, width] or [token, width], with other tokens."""
+    return picked(hidden, hidden.dim() - 2, index)
 
 
 def _groups_of(block: BlockPlan, device: torch.device) -> tuple[GroupOnDevice, ...]:
@@ -88,14 +170,3 @@ def _groups_of(block: BlockPlan, device: torch.device) -> tuple[GroupOnDevice, .
         )
         for group in block.groups
     )
-
-
-def _hook_block(stack: ExitStack, anatomy: Anatomy, step: _Step) -> None:
-    attention, mlp, tables = anatomy.attention[step.number], anatomy.mlp[step.number], step.tables
-    stack.enter_context(input_hook(anatomy.blocks[step.number], step.enter))
-    if tables.attention is not None:
-        stack.enter_context(output_hook(attention, lambda hidden: restore(hidden, tables.attention)))
-    if tables.mlp_computed is not None:
-        keep, spread = tables.mlp_computed
-        stack.enter_context(hidden_hook(mlp, lambda hidden: hidden.index_select(1, keep)))
-        stack.enter_context(output_hook(mlp, lambda hidden: hidden.index_select(1, spread)))
