@@ -145,7 +145,8 @@ class Tracer:
         Args:
             prompt: text, or token ids.
             subject: text that occurs once in the prompt, or a half-open token span.
-            target: text of one token, a token id, or None for the clean run's top token.
+            target: text of one token behind the prompt (a space is put before it where two words would meet), a token
+                id, or None for the clean run's top token.
             streams: sites whose clean values are restored, one grid each; None: those of the figure that the model
                 has, see `streams`.
             window: blocks restored together, except in the residual stream (one block).
@@ -210,6 +211,7 @@ class Tracer:
             "revision": self.revision,
             "prompt": prompt.text,
             "subject": prompt.subject,
+            "notes": list(prompt.notes),
             "noise": noise if isinstance(noise, str) else float(noise),
             "sigma": corruption.sigma,
             "samples": len(corruption.noise),

@@ -109,7 +109,11 @@ def trace(
     prompt: Annotated[str, typer.Argument(help="Text the model continues.")],
     subject: Annotated[str | None, typer.Option(help="Part of the prompt whose embeddings are corrupted.")] = None,
     span: Annotated[str | None, typer.Option(help="The same as a half-open token range, e.g. 0:4.")] = None,
-    target: Annotated[str | None, typer.Option(help="Next token to follow; default: the clean run's first.")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Next token to follow, with a space where two words meet; default: the clean run's first."),
+    ] = None,
+    target_id: Annotated[int | None, typer.Option(help="The same as a token id.")] = None,
     model: Model = embedded.MODEL_NAME,
     stream: Annotated[
         list[str] | None,
@@ -140,7 +144,7 @@ def trace(
     """Trace a prompt: one grid of restored probabilities per stream."""
     request = {
         "subject": _subject(subject, span),
-        "target": int(target) if ids and target and target.isdecimal() else target,
+        "target": _target(target, target_id, ids=ids),
         "streams": stream and tuple(stream),
         "window": window,
         "noise": _number_or_text(noise, float),
@@ -242,6 +246,14 @@ def _subject(text: str | None, span: str | None) -> str | tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def _target(text: str | None, token_id: int | None, ids: bool) -> str | int | None:
+    if text is not None and token_id is not None:
+        raise PromptError("the target is given twice: give --target TEXT or --target-id NUMBER, one of them")
+    if token_id is not None:
+        return token_id
+    return int(text) if ids and text and text.isdecimal() else text
+
+
 def _modules(options: list[str] | None) -> dict[str, str] | None:
     for option in options or ():
         if "=" not in option:
@@ -292,7 +304,7 @@ def _wanted(model: str, prompt: str, request: dict[str, Any], loading: dict[str,
     window = request.get("window", 10)
     known |= {"windows": windows_of(request["streams"], window)} if request.get("streams") else {"window": window}
     if isinstance(target, str) and not request.get("first_target_token"):
-        known["target"] = target
+        known["target"] = target.strip()
     if loading["dtype"] in ("float32", "bfloat16", "float64"):
         known["dtype"] = loading["dtype"]
     return known

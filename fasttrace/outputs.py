@@ -31,7 +31,7 @@ def identity(result: "TraceResult") -> dict[str, Any]:
     """What makes a run the same run: all that changes its numbers by more than rounding."""
     return {name: result.metadata.get(name) for name in KEPT_METADATA} | {
         "span": tuple(result.span),
-        "target": result.target,
+        "target": result.target and result.target.strip(),
         "target_id": result.target_id,
         "windows": dict(result.windows),
     }

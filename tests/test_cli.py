@@ -407,3 +407,35 @@ def raising(error):
         raise error
 
     return action
+
+
+def test_a_target_without_its_space_is_told_of_and_is_the_same_run_again(folder, tmp_path, without_figure):
+    done = trace(folder, "--out", tmp_path, target="Seattle")
+    assert done.exit_code == 0, done.output
+    notes = fasttrace.load(tmp_path / "trace.parquet").metadata["notes"]
+    assert len(notes) == 1
+    assert notes[0].startswith("target 'Seattle' follows the prompt after a space: scoring ' Seattle' (token id ")
+    assert trace(folder, "--out", tmp_path, target="Seattle").exit_code == 0
+    assert trace(folder, "--out", tmp_path, target=" Seattle").exit_code == 0
+
+
+def test_a_target_may_be_a_token_id(folder, tmp_path, without_figure):
+    fixed = ("--model", folder, "--subject", "Needle", "--samples", 1, "--noise", "0.5", "--out", tmp_path)
+    assert run("trace", PROMPT, *fixed, "--target-id", 5).exit_code == 0
+    assert fasttrace.load(tmp_path / "trace.parquet").target_id == 5
+    twice = run("trace", PROMPT, *fixed, "--target-id", 5, "--target", "Seattle")
+    assert twice.exit_code == 2
+    assert "the target is given twice" in twice.stderr
+
+
+def test_info_shows_where_the_parts_are_and_takes_other_places(folder):
+    done = run("info", folder)
+    assert done.exit_code == 0, done.output
+    for words in ("transformer.h.0.attn", "mlp.c_proj", "block_output, mlp_activation, attention_output", "wavefront"):
+        assert words in done.stdout
+    moved = run("info", folder, "--module", "attention=attn.c_proj")
+    assert "transformer.h.0.attn.c_proj" in moved.stdout
+    wrong = run("info", folder, "--module", "attention=self_attn")
+    assert wrong.exit_code == 2
+    assert "modules['attention'] is 'self_attn', and GPT2Block has no such module; it has ln_1, attn" in wrong.stderr
+    assert "expected a part and its path, such as attention=self_attn" in run("info", folder, "--module", "attn").stderr
