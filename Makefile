@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help demo test check format bench bench-peers clean
+.PHONY: help demo test check format families bench bench-peers clean
 .DELETE_ON_ERROR:
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make test         run the tests"
 	@echo "make check        ruff and pyright"
 	@echo "make format       let ruff rewrite what it can"
+	@echo "make families     every engine on every causal type of transformers, into docs/families.md (for the night)"
 	@echo "make bench        measure this machine"
 	@echo "make bench-peers  compare with other tools"
 	@echo "make clean        remove .venv, caches and out/"
@@ -31,6 +32,9 @@ check: $(VENV)/.with-dev
 format: $(VENV)/.with-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+families: $(VENV)/.with-test
+	$(BIN)/python -m bench.families --out docs/families.md $(ARGS)
 
 bench: $(VENV)/.with-bench
 	$(BIN)/python -m bench.run $(ARGS)
