@@ -70,8 +70,14 @@ class EditTable:
         return replace(self, **{name: getattr(self, name)[keep] for name in columns})
 
 
-def effective_edits(shape: Shape, cells: Sequence[Cell]) -> EditTable:
+def effective_edits(shape: Shape, cells: Sequence[Cell], mixes_last: bool = False) -> EditTable:
     """The edits that change a cell's logits, after passes 1 to 3.
+
+    Args:
+        shape: counts.
+        cells: what to restore.
+        mixes_last: attention and MLP outputs of the last block may reach the last position from others, because
+            something in that block mixes tokens after them, as in some recurrent models.
 
     Raises:
         PlanError: a shape with nothing to trace, an edit outside the model or the prompt, or two edits of one
@@ -79,7 +85,7 @@ def effective_edits(shape: Shape, cells: Sequence[Cell]) -> EditTable:
     """
     _check_shape(shape)
     table = _sorted_once(_columns(shape, cells))
-    table = _settle_last_block(shape, table)
+    table = _settle_last_block(shape, table, mixes_last)
     table = table.where(~_is_noop(shape, table))
     table = table.where(~_is_late_copy(table))
     constant = table.constant.copy()
@@ -128,14 +134,14 @@ def _sorted_once(table: EditTable) -> EditTable:
     return table.where(np.concatenate((np.ones(len(table.cell[:1]), dtype=bool), ~same)))
 
 
-def _settle_last_block(shape: Shape, table: EditTable) -> EditTable:
+def _settle_last_block(shape: Shape, table: EditTable, mixes_last: bool) -> EditTable:
     """Pass 2, and the cells whose whole last state is replaced (pass 3)."""
     at_last_position = table.position == shape.n_positions - 1
     leaves_model = table.block == shape.n_layers
     settles = leaves_model & at_last_position
     constant = table.constant.copy()
     constant[table.cell[settles]] = np.where(table.clean[settles], CLEAN_CELL, CORRUPTED_CELL)
-    in_last_block = (table.block == shape.n_layers - 1) & (table.kind != RESIDUAL)
+    in_last_block = (table.block == shape.n_layers - 1) & (table.kind != RESIDUAL) & (not mixes_last)
     is_dead = leaves_model | (in_last_block & ~at_last_position) | (constant[table.cell] != 0)
     return replace(table, constant=constant).where(~is_dead)
 

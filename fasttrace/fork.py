@@ -55,11 +55,15 @@ class Fork:
         """An attention module's forward over the pack, in place of its own."""
         self.state.calls += 1
         prefix, outputs, form = _Prefix(), [], None
-        hidden = hidden_argument(args, kwargs)
+        signature = inspect.signature(forward)
         for group in map(GroupOnDevice.by_row, self.state.groups):
             self.group = prefix.group = group
-            rows = self._rows((args, kwargs), ())
-            form = forward(*rows[0], **(rows[1] | self._mask_left_out(kwargs, hidden) | {cache: prefix}))
+            row_args, row_kwargs = self._rows((args, kwargs), ())
+            call = signature.bind(*row_args, **row_kwargs)
+            call.arguments[cache] = prefix
+            if "attention_mask" in signature.parameters and call.arguments.get("attention_mask") is None:
+                call.arguments["attention_mask"] = self._causal_mask(hidden_argument(args, kwargs).device)
+            form = forward(*call.args, **call.kwargs)
             outputs.append(first_of(form).flatten(0, 1))
         return with_first(form, torch.cat(outputs).unsqueeze(0))
 
@@ -103,13 +107,11 @@ class Fork:
         by_row = tensor.unflatten(axes.row, (state.n_base, axes.per_row))
         return by_row.index_select(axes.row, group.base.to(tensor.device)).flatten(axes.row, axes.row + 1)
 
-    def _mask_left_out(self, kwargs: dict, hidden: Tensor) -> dict[str, Tensor]:
-        """The causal mask that the model leaves to sdpa, which would take it for one of queries from position 0 on."""
-        if kwargs.get("attention_mask", hidden) is not None:
-            return {}
+    def _causal_mask(self, device: torch.device) -> Tensor:
+        """What a model leaves to sdpa, which would take the group's queries for those of positions from 0 on."""
         n_positions = self.state.n_positions
-        causal = torch.ones(1, 1, n_positions, n_positions, dtype=torch.bool, device=hidden.device).tril()
-        return {"attention_mask": self._mask(causal, None)}
+        causal = torch.ones(1, 1, n_positions, n_positions, dtype=torch.bool, device=device).tril()
+        return self._mask(causal, None)
 
     def _rectangle(self, tensor: Tensor, axis: int) -> Tensor:
         """[..., 1, token, ...] -> [..., row, position, ...]."""

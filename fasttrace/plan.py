@@ -112,7 +112,7 @@ def plan_cells(shape: Shape, cells: tuple[Cell, ...], layout: Layout = "suffix")
         PlanError: a shape with nothing to trace, an edit outside the model or the prompt, or two edits of one
             cell that contradict each other.
     """
-    table = effective_edits(shape, cells)
+    table = effective_edits(shape, cells, mixes_last=layout == "full")
     signatures = _signatures(shape, table)
     rows = _no_rows(shape, len(cells))
     by_block = table.where(np.argsort(table.block, kind="stable"))

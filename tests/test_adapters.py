@@ -19,7 +19,10 @@ from transformers import (
 
 import fasttrace
 from fasttrace.adapters import anatomy_of, module_paths
+from fasttrace.cells import Edit
+from fasttrace.corruption import draw
 from fasttrace.engines import ENGINES, select
+from fasttrace.engines.job import Job
 from fasttrace.errors import EngineError, ModelError
 from tests import zoo
 
@@ -189,6 +192,55 @@ def test_a_trunk_that_moves_positions_is_refused():
     embed.register_forward_hook(lambda _m, _a, output: torch.cat((output[:, :1], output), dim=1))
     with pytest.raises(ModelError, match=r"gets hidden states of shape \[2, 6, 32\] for 2 prompts of 5 tokens"):
         fasttrace.Tracer(model)
+
+
+def test_a_model_with_several_embeddings_is_refused():
+    model = zoo.tiny_model("llama")
+    model.get_input_embeddings = lambda: nn.ModuleList([model.model.embed_tokens])
+    with pytest.raises(ModelError, match="LlamaForCausalLM has no single input embedding to add noise to"):
+        fasttrace.Tracer(model)
+
+
+def test_a_block_that_is_left_out_is_named():
+    model = zoo.tiny_model("llama")
+    model.model.layers[1].forward = lambda hidden_states, **_: hidden_states  # its parts are never called
+    with pytest.raises(
+        EngineError, match=r"EngineError: the \w+ of block 1 is never computed .* look at Tracer\(modules"
+    ):
+        select.choose(anatomy_of(model))
+
+
+@pytest.mark.parametrize("name", ["llama4_text", "minimax_m3_vl_text"])
+def test_families_that_count_places_in_the_pack_do_not_get_the_wavefront(name):
+    """On a pack as short as the self-check's they would pass."""
+    model = zoo.tiny_model(name, **({"floor_scale": 8192} if name == "llama4_text" else {}))
+    choice = select.choose(anatomy_of(model))
+    assert choice.name in ("fork", "rows")
+    assert f"wavefront is not for {name}: its attention" in choice.reason
+
+
+@pytest.mark.parametrize("name", ["zamba", "rwkv", "inkling_text"])
+def test_blocks_that_mix_tokens_after_their_attention_are_traced_to_the_last(name):
+    anatomy = anatomy_of(zoo.tiny_model(name))
+    assert select.choose(anatomy).name == "rows"
+    last = anatomy.n_layers - 1
+    cells = tuple((Edit(stream, last, 5),) for stream in anatomy.streams[1:])
+    ids = torch.arange(11, 46, 5)
+    corruption = draw((2, 4), anatomy.d_model, sigma=1.0, samples=2, seed=1)
+    job = Job(ids, corruption, cells, None)
+    expected = ENGINES["reference"](anatomy, job, lambda: None)
+    assert ENGINES["rows"](anatomy, job, lambda: None).cells == pytest.approx(expected.cells, rel=1e-4)
+    base = expected.corrupted[:, expected.target]
+    assert max(abs(expected.cells - base).ravel()) > 1e-5, "the edits must matter, or the test says nothing"
+
+
+def test_dbrx_has_a_router_and_no_single_down_projection():
+    assert fasttrace.Tracer(zoo.tiny_model("dbrx")).streams == ("block_output", "mlp_output", "attention_output")
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_fork_gives_queries_their_place_where_the_model_leaves_out_the_mask(name):
+    assert select.choose(anatomy_of(zoo.tiny_model(name)), "fork").self_check_error < 1e-4
 
 
 def test_every_engine_is_named_in_the_error_when_none_is_right(monkeypatch):

@@ -19,10 +19,6 @@ OWN_ATTENTION = {"bloom", "falcon", "mpt", "xglm", *(name for name in zoo.VARIAN
 RECURRENT = ("mamba",)
 
 NOT_IN_FLOAT64 = {
-    "mixtral": "grouped products of experts take no float64",
-    "qwen3_moe": "grouped products of experts take no float64",
-    "gpt_oss": "grouped products of experts take no float64",
-    "deepseek_v3": "grouped products of experts take no float64",
     "xglm": "its attention clamps scores to the smallest float32",
     "gemma2": "its attention takes softmax in float32",
     "mamba": "its recurrence is in float32",

@@ -20,8 +20,9 @@ def test_a_sound_model_gets_the_wavefront(family):
 def test_the_check_runs_once_per_model(family, monkeypatch):
     anatomy = anatomy_of(tiny_model(family))
     first = select.choose(anatomy)
-    monkeypatch.setattr(select, "_first_that_passes", lambda *_: pytest.fail("checked twice"))
-    assert select.choose(anatomy) is first
+    for name in ENGINES:
+        monkeypatch.setitem(ENGINES, name, lambda *_: pytest.fail("checked twice"))
+    assert select.choose(anatomy) == first
 
 
 def wrong(run, amount):
@@ -77,7 +78,27 @@ def test_a_model_whose_attention_ignores_the_interface_is_caught(monkeypatch):
     assert "wavefront differs from plain forward passes" in choice.reason
 
 
-def test_a_named_engine_is_not_checked(family, monkeypatch):
-    monkeypatch.setattr(select, "_first_that_passes", lambda *_: pytest.fail("checked"))
-    choice = select.choose(anatomy_of(tiny_model(family)), "rows")
-    assert (choice.name, choice.self_check_error) == ("rows", None)
+def test_a_named_engine_is_checked_too_and_runs_or_raises(family, monkeypatch):
+    anatomy = anatomy_of(tiny_model(family))
+    choice = select.choose(anatomy, "rows")
+    assert (choice.name, choice.reason) == ("rows", "asked for by name; rows passed the self-check")
+    assert choice.self_check_error < 1e-4
+    monkeypatch.setitem(ENGINES, "fork", wrong(ENGINES["fork"], 1.5))
+    with pytest.raises(EngineError, match=r"engine 'fork' differs from plain .* by 4.1e-01 .*; use engine='auto'"):
+        select.choose(anatomy, "fork")
+
+
+def test_the_reference_needs_no_check(family, monkeypatch):
+    monkeypatch.setattr(select, "_checks_of", lambda *_: pytest.fail("checked"))
+    choice = select.choose(anatomy_of(tiny_model(family)), "reference")
+    assert (choice.name, choice.reason, choice.self_check_error) == ("reference", "asked for by name", None)
+
+
+def test_a_step_down_is_told_once(family, monkeypatch, caplog):
+    monkeypatch.setitem(ENGINES, "wavefront", wrong(ENGINES["wavefront"], 1.5))
+    anatomy = anatomy_of(tiny_model(family))
+    first = select.choose(anatomy)
+    assert "stepping down" in caplog.text
+    caplog.clear()
+    assert select.choose(anatomy) == first
+    assert not caplog.text

@@ -178,6 +178,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "index_block_size": 2,
         "index_topk_blocks": 2,
     },
+    "mllama_text_model": {"cross_attention_layers": [1]},
     "modernbert-decoder": {"local_attention": 2 * WINDOW},
     "moshi": {"audio_vocab_size": VOCABULARY},
     "nemotron_h": {"n_groups": 2, "moe_shared_expert_intermediate_size": 24},
@@ -215,7 +216,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "xlm": {"causal": True},
     "xlnet": {"attn_type": "uni"},
     "xmod": {"default_language": "en_XX"},
-    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * (N_LAYERS // 2)},
+    **_for_all("zamba zamba2", {"layers_block_type": ["linear_attention", "hybrid"] * (N_LAYERS // 2)}),
     "zaya": _alternating("hybrid_sliding", "hybrid", router_hidden_size=16, num_experts_per_tok=1),
 }
 """What the rule cannot know, by the `model_type` of a configuration or of a part of one."""

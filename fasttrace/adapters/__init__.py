@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from fasttrace.adapters.inputs import InputAxes, input_axes
 from fasttrace.adapters.rules import Parts, find_parts
@@ -128,6 +131,14 @@ class Anatomy:
         return torch.device(device) if device is not None else next(self.embedding.parameters()).device
 
     @cached_property
+    def devices(self) -> frozenset[torch.device]:
+        """All devices that the model computes on."""
+        hooks = (getattr(module, "_hf_hook", None) for module in self.model.modules())
+        named = (getattr(hook, "execution_device", None) for hook in hooks)
+        held = {parameter.device for parameter in self.model.parameters() if not parameter.is_meta}
+        return frozenset({self.device} | held | {torch.device(place) for place in named if place is not None})
+
+    @cached_property
     def is_offloaded(self) -> bool:
         """Whether some weights come to their device only when they are used."""
         return any(parameter.is_meta for parameter in self.model.parameters())
@@ -201,11 +212,13 @@ def anatomy_of(model: Any, modules: Mapping[str, str] | None = None) -> Anatomy:
     name = type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder model; causal tracing needs a decoder-only one")
-    if name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+    if name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() and name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         raise ModelError(f"{name} fills in masked words; causal tracing needs a model that predicts the next token")
     if model.get_output_embeddings() is None:
         raise ModelError(f"{name} has no language-model head; load it with AutoModelForCausalLM")
-    if any(map(_has_no_weights, model.modules())):
+    if getattr(getattr(config, "distributed_config", None), "pp_size", None) not in (None, 1):
+        raise ModelError(f"the blocks of {name} are in several processes; load it with tp_size or device_map='auto'")
+    if _has_no_weights(model):
         raise ModelError("the model has no weights (meta device); load it with from_pretrained, or call to_empty first")
     anatomy = Anatomy(model, find_parts(model, modules))
     _ = anatomy.row_axis  # two short calls of the model, before anybody's hooks are on it
@@ -222,4 +235,9 @@ def module_paths(anatomy: Anatomy) -> dict[str, str]:
 
 
 def _has_no_weights(module: nn.Module) -> bool:
-    return any(parameter.is_meta for parameter in module.parameters(recurse=False)) and not hasattr(module, "_hf_hook")
+    """Whether there are parameters on the meta device that no hook of accelerate's brings when they are used."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None and any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+        return True
+    brings_all = getattr(hook, "offload", False) and getattr(hook, "place_submodules", False)
+    return not brings_all and any(map(_has_no_weights, module.children()))

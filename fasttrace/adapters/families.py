@@ -1,6 +1,6 @@
 """Names that families give to the parts of a block; a family with new names is one more word here.
 
-What the names cannot say stands in `EXCEPTIONS`. Everything else is found by the rules in `rules.py`.
+What the names cannot say is found by the rules in `rules.py`, or by the self-check. `NOT_PACKED` holds the rest.
 """
 
 ATTENTION = (
@@ -16,7 +16,7 @@ ATTENTION = (
 )
 """Children of a block whose output is its attention output, first match first; recurrent mixers stand in."""
 
-MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "ff", "fc2", "output")
+MLP = ("mlp", "mlp_block", "feed_forward", "ffn", "block_sparse_moe", "moe", "ff", "fc2", "output")
 """Children of a block whose output is its MLP output. OPT-like blocks have no MLP module, only `fc2`."""
 
 DOWN = ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "w2", "fc_out", "output_linear", "wo", "linear_2")
@@ -25,5 +25,11 @@ DOWN = ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "w2", "fc_out", "output_l
 RESIDUAL_ARGUMENTS = frozenset({"residual", "input_tensor"})
 """A module whose forward has one of these adds the residual stream itself: its last linear module is taken."""
 
-EXCEPTIONS: dict[str, dict[str, str]] = {}
-"""By `config.model_type`: paths as in `Tracer(modules=...)`, for families that the rules get wrong."""
+EXPERTS = frozenset({"experts", "expert", "router", "gate"})
+"""Modules of a mixture of experts, which has several down projections."""
+
+NOT_PACKED = {
+    "llama4_text": "its attention scales queries by their place in the pack beyond 8191 tokens",
+    "minimax_m3_vl_text": "its attention picks keys by blocks of the pack",
+}
+"""By `model_type` of the language model: what makes a large pack wrong although the self-check's small one is right."""

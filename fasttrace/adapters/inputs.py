@@ -102,9 +102,21 @@ def _arguments(model: Any, module: nn.Module, device: torch.device, rows: int, t
     ids = torch.ones(rows, tokens, dtype=torch.long, device=device)
     with evaluating(model), input_hook(module, record), suppress(_Reached):
         model(input_ids=ids, use_cache=False)
+    _offload_again(model)
     if not found:
         raise ModelError(f"{type(model).__name__} never calls its {type(module).__name__}; check modules=...")
     return found[0]
+
+
+def _offload_again(model: nn.Module) -> None:
+    """Takes back the weights of modules that never returned: accelerate does so after a module's forward."""
+    for module in model.modules():
+        hook: Any = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", [hook]):
+            if getattr(part, "offload", False):
+                parameters = module.parameters(recurse=part.place_submodules)
+                if not all(parameter.is_meta for parameter in parameters):
+                    part.post_forward(module, None)
 
 
 def _axes(first: tuple[int, ...], second: tuple[int, ...]) -> Axes:

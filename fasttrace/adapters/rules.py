@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fasttrace.adapters.families import ATTENTION, DOWN, EXCEPTIONS, MLP, RESIDUAL_ARGUMENTS
+from fasttrace.adapters.families import ATTENTION, DOWN, EXPERTS, MLP, RESIDUAL_ARGUMENTS
 from fasttrace.errors import ModelError
 
 PATHS = ("embedding", "blocks", "attention", "mlp", "down")
@@ -47,10 +47,12 @@ def find_parts(model: Any, modules: Mapping[str, str] | None) -> Parts:
     Raises:
         ModelError: a path that leads nowhere, or no list of blocks.
     """
-    paths = EXCEPTIONS.get(model.config.model_type, {}) | dict(modules or {})
+    paths = dict(modules or {})
     if unknown := set(paths) - set(PATHS):
         raise ModelError(f"modules has {sorted(unknown)[0]!r}; its keys are {', '.join(PATHS)}")
     embedding = _at(model, paths["embedding"], "embedding") if "embedding" in paths else model.get_input_embeddings()
+    if not isinstance(embedding, nn.Module) or isinstance(embedding, nn.ModuleList):
+        raise ModelError(f"{type(model).__name__} has no single input embedding to add noise to")
     blocks = _blocks_at(model, paths["blocks"]) if "blocks" in paths else _found_blocks(model)
     mixers = _in_blocks(blocks, paths, "attention", ATTENTION)
     mlps = _in_blocks(blocks, paths, "mlp", MLP)
@@ -61,9 +63,15 @@ def find_parts(model: Any, modules: Mapping[str, str] | None) -> Parts:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is one matrix product: any class that says its widths, quantized ones included."""
-    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", getattr(module, "nf", None)))
-    return isinstance(sizes[1], int) and not list(module.children())
+    """Whether a module is one matrix product: any class that says its width, whatever is inside it."""
+    return isinstance(getattr(module, "out_features", getattr(module, "nf", None)), int)
+
+
+def _linears_in(module: nn.Module) -> list[nn.Module]:
+    """Linear modules, in order; the parts of one (an adapter's, a quantized one's) are not others."""
+    if is_linear(module):
+        return [module]
+    return [linear for child in module.children() for linear in _linears_in(child)]
 
 
 def _at(root: Any, path: str, what: str) -> nn.Module:
@@ -86,14 +94,14 @@ def _blocks_at(model: Any, path: str) -> tuple[nn.Module, ...]:
 
 def _found_blocks(model: Any) -> tuple[nn.Module, ...]:
     config = model.config.get_text_config(decoder=True)
-    n_layers = getattr(config, "num_hidden_layers", None)
+    n_layers = getattr(config, "decoder_layers", None) or getattr(config, "num_hidden_layers", None)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     for root in (decoder, model):
         for module in _nearest_first(root):
             if isinstance(module, nn.ModuleList) and len(module) == n_layers:
                 return tuple(module)
     raise ModelError(
-        f"no list of {n_layers} blocks in {type(model).__name__}; say where it is: Tracer(model, tokenizer, "
+        f"no list of {n_layers or 'its'} blocks in {type(model).__name__}; say where it is: Tracer(model, tokenizer, "
         "modules={'blocks': 'path.to.blocks', 'attention': 'path.in.block', 'mlp': 'path.in.block'})"
     )
 
@@ -131,7 +139,7 @@ def _without_residual(module: nn.Module | None) -> nn.Module | None:
     """The module itself, or what it computes before it adds the residual stream."""
     for inner in module.modules() if module is not None else ():
         if RESIDUAL_ARGUMENTS & set(inspect.signature(inner.forward).parameters):
-            linears = [part for part in inner.modules() if is_linear(part)]
+            linears = [child for child in inner.children() if is_linear(child)] or _linears_in(inner)
             return linears[-1] if linears else module
     return module
 
@@ -141,9 +149,8 @@ def _down_of(mlp: nn.Module | None) -> nn.Module | None:
     if mlp is None or is_linear(mlp):
         return mlp
     children = dict(mlp.named_children())
-    several = any(isinstance(part, nn.ModuleList) for part in mlp.modules())
-    if several or any(parameter.dim() == 3 for parameter in mlp.parameters()):
+    words = {word for name, _ in mlp.named_modules() for word in name.split(".")}
+    if words & EXPERTS or any(parameter.dim() == 3 for parameter in mlp.parameters()):
         return None
     named = [children[name] for name in DOWN if name in children and is_linear(children[name])]
-    linears = [part for part in mlp.modules() if is_linear(part)]
-    return next(iter(named + linears[-1:]), None)
+    return next(iter(named + _linears_in(mlp)[-1:]), None)

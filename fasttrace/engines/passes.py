@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import psutil
 import torch
+from torch import distributed
 
 from fasttrace.adapters import Anatomy
 from fasttrace.cost import Cost, total
@@ -88,11 +89,21 @@ def _peak_tokens(engine: str, anatomy: Anatomy, job: Job) -> int:
 
 def _tokens_allowed(anatomy: Anatomy, budget: int | str) -> int:
     if budget == "auto":
-        by_memory = max(1, int(MEMORY_SHARE * _free_bytes(anatomy.device) / anatomy.bytes_per_token))
+        free = _least_of_ranks(anatomy, min(map(_free_bytes, anatomy.devices)))
+        by_memory = max(1, int(MEMORY_SHARE * free / anatomy.bytes_per_token))
         return min(by_memory, CPU_TOKENS) if anatomy.device.type == "cpu" else by_memory
     if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
         raise PlanError(f'budget is {budget!r}: give "auto", or the largest number of tokens of a pack, >= 1')
     return budget
+
+
+def _least_of_ranks(anatomy: Anatomy, count: int) -> int:
+    """Processes that share the matrix products of one model have to make the same passes, or they wait for ever."""
+    if getattr(anatomy.model, "_device_mesh", None) is None:
+        return count
+    least = torch.tensor(count, device=anatomy.device)
+    distributed.all_reduce(least, distributed.ReduceOp.MIN)
+    return int(least)
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fasttrace.adapters import Anatomy
 from fasttrace.cells import Cell, Edit
 from fasttrace.engines.job import Job, Tick
+from fasttrace.errors import EngineError
 from fasttrace.hooks import evaluating, hidden_hook, output_hook
 from fasttrace.readout import Scores, distributions
 
@@ -32,6 +33,9 @@ def run(anatomy: Anatomy, job: Job, tick: Tick, rows: int = 1) -> Scores:
         job: what to run.
         tick: called after each restored run.
         rows: runs in one pass, each a whole prompt. One is the specification; the self-check takes more.
+
+    Raises:
+        EngineError: a block that the model leaves out.
     """
     base: list[Run] = [((), None), *(((), sample) for sample in range(job.samples))]
     restored: list[Run] = [(cell, sample) for cell in job.cells for sample in range(job.samples)]
@@ -44,6 +48,8 @@ def run(anatomy: Anatomy, job: Job, tick: Tick, rows: int = 1) -> Scores:
             base_rows.append(distribution)
             for place, value in recorded.items():
                 values[place].append(value)
+        for site, layer in (place for place, parts in values.items() if not parts):
+            raise EngineError(f"the {site} of block {layer} is never computed for a prompt of text")
         known = {place: torch.cat(parts) for place, parts in values.items()}
         clean, *corrupted = np.concatenate(base_rows)
         target = int(clean.argmax()) if job.target is None else job.target

@@ -1,12 +1,12 @@
 """Which engine a model gets: the first one that a self-check on this very model finds right.
 
 Packed tracing is silently wrong on a few families, and only a comparison with plain forward passes shows it. So
-the check is not optional for "auto", and a named engine must run or raise.
+the check is not optional: "auto" takes the first engine that passes, and one that is named has to pass too.
 """
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fasttrace.adapters import Anatomy
+from fasttrace.adapters.families import NOT_PACKED
 from fasttrace.cells import Cell, Edit, window_of
 from fasttrace.corruption import draw, sigma_of
 from fasttrace.engines import ENGINES, reference
@@ -28,6 +29,9 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 HALF_TOLERANCE = 0.3
 """Largest difference of a log-probability that the self-check lets pass. Half precision moves by this much when
 only the shapes of its matrix products change."""
+
+_RAISED = (FasttraceError, RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError)
+"""What an engine may raise on a model it is not made for."""
 
 TOP_TOKENS = 20
 """Most likely next tokens of each base run that are compared."""
@@ -48,24 +52,46 @@ class EngineChoice:
     self_check_error: float | None = None
 
 
-_CHOICES: WeakKeyDictionary[nn.Module, dict[tuple, EngineChoice]] = WeakKeyDictionary()
+@dataclass
+class _Checks:
+    """What the self-check of one model found so far.
+
+    Attributes:
+        job: what it runs.
+        expected: what plain forward passes give.
+        found: by engine, what is wrong with it (None: nothing) and its error (None: it does not run).
+    """
+
+    job: Job
+    expected: Scores
+    found: dict[str, tuple[str | None, float | None]] = field(default_factory=dict)
+
+
+_CHECKS: WeakKeyDictionary[nn.Module, dict[tuple, _Checks]] = WeakKeyDictionary()
 
 
 def choose(anatomy: Anatomy, engine: str = "auto", fuse: bool = True) -> EngineChoice:
-    """The engine for a model; "auto" checks once per model object, with the fused operations it will run with.
+    """The engine for a model, checked once per model object with the fused operations it will run with.
+
+    Args:
+        anatomy: the model.
+        engine: "auto" for the first that passes, or a name; "reference" by name is not checked.
+        fuse: whether fused operations are on.
 
     Raises:
-        EngineError: an unknown engine, or none that passes.
+        EngineError: an unknown engine, one that is wrong for this model, or none that is right.
     """
-    if engine in ENGINES:
+    if engine == "reference":
         return EngineChoice(engine, "asked for by name")
-    if engine != "auto":
+    if engine not in ENGINES and engine != "auto":
         raise EngineError(f"unknown engine {engine!r}; choose from auto, {', '.join(ENGINES)}")
-    choices = _CHOICES.setdefault(anatomy.model, {})
-    key = (fuse, anatomy.parts, str(anatomy.model.config._attn_implementation))
-    if key not in choices:
-        choices[key] = _first_that_passes(anatomy, fuse)
-    return choices[key]
+    checks = _checks_of(anatomy, fuse)
+    if engine == "auto":
+        return _first_that_passes(anatomy, checks, fuse)
+    problem, error = _check(anatomy, checks, engine, fuse)
+    if problem is not None:
+        raise EngineError(f"engine {engine!r} {problem}; use engine='auto'")
+    return EngineChoice(engine, f"asked for by name; {engine} passed the self-check", error)
 
 
 def order(anatomy: Anatomy) -> tuple[str, ...]:
@@ -76,26 +102,58 @@ def order(anatomy: Anatomy) -> tuple[str, ...]:
     return ("wavefront", "rows", "fork", "reference") if anatomy.is_offloaded else tuple(ENGINES)
 
 
-def _first_that_passes(anatomy: Anatomy, fuse: bool) -> EngineChoice:
-    job = _check_job(anatomy)
-    tolerance = TOLERANCE.get(anatomy.dtype, HALF_TOLERANCE)
-    expected = reference.run(anatomy, job, _no_tick, rows=len(job.cells) * job.samples)
-    _check_reference(anatomy, expected, tolerance)
+def _checks_of(anatomy: Anatomy, fuse: bool) -> _Checks:
+    known = _CHECKS.setdefault(anatomy.model, {})
+    key = (fuse, anatomy.parts, str(anatomy.model.config._attn_implementation))
+    if key not in known:
+        job = _check_job(anatomy)
+        expected = _plain_passes(anatomy, job)
+        _check_reference(anatomy, expected)
+        known[key] = _Checks(job, expected)
+    return known[key]
+
+
+def _plain_passes(anatomy: Anatomy, job: Job) -> Scores:
+    try:
+        return reference.run(anatomy, job, _no_tick, rows=len(job.cells) * job.samples)
+    except _RAISED as raised:
+        raise EngineError(
+            f"plain forward passes of {type(anatomy.model).__name__} with hooks on its blocks fail "
+            f"({type(raised).__name__}: {_first_line(raised)}); look at Tracer(modules=...), or trace another model"
+        ) from raised
+
+
+def _first_that_passes(anatomy: Anatomy, checks: _Checks, fuse: bool) -> EngineChoice:
     failures: list[str] = []
     for name in order(anatomy):
-        problem, error = _compare(anatomy, job, name, expected, tolerance, fuse)
+        told = name in checks.found
+        problem, error = _check(anatomy, checks, name, fuse)
         if problem is None:
             reason = "; ".join([*failures, f"{name} passed the self-check"])
-            logger.info("engine %s: %s (error %.1e)", name, reason, error)
+            if not told:
+                logger.info("engine %s: %s (error %.1e)", name, reason, error)
             return EngineChoice(name, reason, error)
         failures.append(f"{name} {problem}")
-        logger.warning("engine %s, stepping down", failures[-1])
+        if not told:
+            logger.warning("engine %s, stepping down", failures[-1])
     raise EngineError(f"no engine is right for {type(anatomy.model).__name__}: {'; '.join(failures)}")
 
 
-def _check_reference(anatomy: Anatomy, expected: Scores, tolerance: float) -> None:
+def _check(anatomy: Anatomy, checks: _Checks, name: str, fuse: bool) -> tuple[str | None, float | None]:
+    if name not in checks.found:
+        checks.found[name] = _compare(anatomy, checks, name, fuse)
+    return checks.found[name]
+
+
+def _tolerance(anatomy: Anatomy) -> float:
+    """Half precision's for quantized models too: activations that are rounded to 8 bits jump as far."""
+    quantized = getattr(anatomy.model, "quantization_method", None) is not None
+    return HALF_TOLERANCE if quantized else TOLERANCE.get(anatomy.dtype, HALF_TOLERANCE)
+
+
+def _check_reference(anatomy: Anatomy, expected: Scores) -> None:
     """Raises where plain forward passes do not do what causal tracing takes for granted."""
-    name = type(anatomy.model).__name__
+    name, tolerance = type(anatomy.model).__name__, _tolerance(anatomy)
     if not np.isfinite(expected.cells).all():
         raise EngineError(f"{name} gives NaN for a prompt of arbitrary tokens in {anatomy.dtype}; try dtype='bfloat16'")
     moved = np.abs(_log(expected.cells[0]) - _log(expected.corrupted[:, expected.target])).max()
@@ -107,21 +165,20 @@ def _check_reference(anatomy: Anatomy, expected: Scores, tolerance: float) -> No
         )
 
 
-def _compare(
-    anatomy: Anatomy, job: Job, name: str, expected: Scores, tolerance: float, fuse: bool
-) -> tuple[str | None, float | None]:
+def _compare(anatomy: Anatomy, checks: _Checks, name: str, fuse: bool) -> tuple[str | None, float | None]:
     """(what is wrong with an engine or None, its error)."""
+    reason = NOT_PACKED.get(anatomy.config.model_type) if name == "wavefront" else None
+    if reason is not None:
+        return f"is not for {anatomy.config.model_type}: {reason}", None
+    tolerance = _tolerance(anatomy)
     try:
         with fused(anatomy, fuse):
-            error = _distance(ENGINES[name](anatomy, job, _no_tick), expected)
-    except (FasttraceError, RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError) as raised:
+            error = _distance(ENGINES[name](anatomy, checks.job, _no_tick), checks.expected)
+    except _RAISED as raised:
         return f"does not run ({type(raised).__name__}: {_first_line(raised)})", None
-    if not error <= tolerance:
-        return (
-            f"differs from plain forward passes by {error:.1e} in log-probability (allowed {tolerance:.0e})",
-            error,
-        )
-    return None, error
+    if error <= tolerance:
+        return None, error
+    return f"differs from plain forward passes by {error:.1e} in log-probability (allowed {tolerance:.0e})", error
 
 
 def _distance(scores: Scores, expected: Scores) -> float:
@@ -156,13 +213,17 @@ def _check_job(anatomy: Anatomy) -> Job:
 
 
 def _check_cells(anatomy: Anatomy, n_positions: int, span: tuple[int, int]) -> Iterator[Cell]:
-    """First a cell before the subject (see `_check_reference`), then two of every stream."""
+    """A cell before the subject (see `_check_reference`), two of every stream, and one in the last block.
+
+    The last one, off the last position, is right only if nothing mixes tokens after it, or the engine knows.
+    """
     n_layers = anatomy.n_layers
     yield (Edit("block_output", 0, 0),)
     for stream in anatomy.streams:
         for layer, position in ((n_layers // 4, span[0]), (n_layers // 2, n_positions - 1)):
             blocks = window_of(layer, 1 if stream == "block_output" else 3, n_layers)
             yield tuple(Edit(stream, block, position) for block in blocks)
+        yield (Edit(stream, n_layers - 1, max(0, n_positions - 2)),)
 
 
 def _first_line(error: BaseException) -> str:
