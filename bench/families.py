@@ -41,6 +41,16 @@ WORDS = 90
 """Characters that the table gives to a reason."""
 
 
+HEADER = (
+    "# Families",
+    "",
+    "Written by `make families`. `auto` is the engine that the self-check chose. A number is an engine's largest",
+    "difference from the reference engine on all cells, over the spread of the reference's grids; words say why an engine",
+    "does not run. `spread` is how far the reference's probabilities lie apart. The last columns are paths in a block.",
+    "",
+)
+
+
 @dataclass
 class Examined:
     """One row of the table; `problems` has the reasons of the engines that did not run."""
@@ -89,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lines.append(_line(found[-1].cells(engines)))
         print(lines[-1], flush=True)
     if options.out:
-        options.out.write_text("\n".join([_about(), "", *lines, "", _counts(found), ""]))
+        options.out.write_text("\n".join([*HEADER, _about(), "", *lines, "", _counts(found), ""]))
     wrong = [row.name for row in found if row.is_wrong]
     print("wrong engine chosen:", ", ".join(wrong) or "nowhere")
     print(_counts(found))

@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from fasttrace.engines.job import Job
 from fasttrace.engines.passes import Progress, run_in_passes
 from fasttrace.engines.select import EngineChoice, choose
 from fasttrace.errors import NumericsError
-from fasttrace.loading import choose_device, choose_dtype, load
+from fasttrace.loading import load
 from fasttrace.ops import fused
 from fasttrace.prompts import Prompt, encode, plain_ids, token_text
 from fasttrace.readout import Scores
@@ -77,6 +78,9 @@ class Tracer:
         revision: str | None = None,
         modules: Mapping[str, str] | None = None,
         fuse: bool = True,
+        device_map: str | Mapping[str, int | str] | None = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
+        offload_folder: str | Path | None = None,
     ) -> "Tracer":
         """Loads a model.
 
@@ -87,12 +91,15 @@ class Tracer:
             revision: of the Hugging Face repository.
             modules: see the constructor.
             fuse: see the constructor.
+            device_map: for a model larger than the device: "auto" spreads it over GPUs, main memory and disk.
+            max_memory: with a device map, the most to use of each device, such as {0: "20GiB", "cpu": "60GiB"}.
+            offload_folder: with a device map, where weights that have to be rewritten are kept on disk.
 
         Raises:
             ModelError: the model cannot be found, read or traced; an unknown dtype or device.
         """
-        chosen = choose_device(device)
-        model, tokenizer = load(name, choose_dtype(dtype, chosen), chosen, revision)
+        places = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
+        model, tokenizer = load(name, dtype, device, revision, **places)
         return cls(model, tokenizer, name=name, revision=revision, modules=modules, fuse=fuse)
 
     @property

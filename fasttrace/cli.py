@@ -59,6 +59,11 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or fl
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0, ...")]
 Engine = Annotated[str, typer.Option(help="auto, wavefront, fork, rows or reference.")]
 Fuse = Annotated[bool, typer.Option("--fuse/--no-fuse", help="Fuse activations while a trace runs.")]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(help="auto: spread a model larger than the device over GPUs, main memory and disk."),
+]
+OffloadFolder = Annotated[Path | None, typer.Option(help="Where --device-map keeps weights on disk.")]
 Modules = Annotated[
     list[str] | None,
     typer.Option(
@@ -137,6 +142,8 @@ def trace(
     revision: Revision = None,
     fuse: Fuse = True,
     module: Modules = None,
+    device_map: DeviceMap = None,
+    offload_folder: OffloadFolder = None,
     out: Annotated[Path | None, typer.Option(help="Folder for figure, CSV files and parquet.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, nothing else.")] = False,
     overwrite: Overwrite = False,
@@ -153,6 +160,7 @@ def trace(
         "first_target_token": first_target_token,
     }
     loading = {"dtype": dtype, "revision": revision, "modules": _modules(module)}
+    loading |= {"device_map": device_map, "offload_folder": offload_folder}
     if out is not None:
         outputs.check_folder(out, _wanted(model, prompt, request, loading, ids=ids), overwrite)
     subjects = None if noise_subjects is None else _read_subjects(noise_subjects)
@@ -189,11 +197,14 @@ def info(
     device: Device = "auto",
     revision: Revision = None,
     module: Modules = None,
+    device_map: DeviceMap = None,
+    offload_folder: OffloadFolder = None,
 ) -> None:
     """Show versions, devices and the dtype each gets; of a model its parts, its engine, and why that one."""
     typer.echo(summary.table(environment.rows()))
     if model is not None:
-        tracer = _load(model, dtype=dtype, device=device, revision=revision, modules=_modules(module))
+        places = {"device": device, "device_map": device_map, "offload_folder": offload_folder}
+        tracer = _load(model, dtype=dtype, revision=revision, modules=_modules(module), **places)
         typer.echo(summary.table(environment.model_rows(tracer)))
 
 

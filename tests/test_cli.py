@@ -439,3 +439,10 @@ def test_info_shows_where_the_parts_are_and_takes_other_places(folder):
     assert wrong.exit_code == 2
     assert "modules['attention'] is 'self_attn', and GPT2Block has no such module; it has ln_1, attn" in wrong.stderr
     assert "expected a part and its path, such as attention=self_attn" in run("info", folder, "--module", "attn").stderr
+
+
+def test_a_device_map_is_passed_on_and_a_wrong_one_is_an_error(folder, tmp_path, without_figure):
+    assert trace(folder, "--device-map", "auto", "--offload-folder", tmp_path / "weights").exit_code == 0
+    wrong = run("info", folder, "--device-map", "everywhere")
+    assert wrong.exit_code == 2
+    assert "device_map is 'everywhere': give auto, balanced" in wrong.stderr
