@@ -45,8 +45,9 @@ HEADER = (
     "# Families",
     "",
     "Written by `make families`. `auto` is the engine that the self-check chose. A number is an engine's largest",
-    "difference from the reference engine on all cells, over the spread of the reference's grids; words say why an engine",
-    "does not run. `spread` is how far the reference's probabilities lie apart. The last columns are paths in a block.",
+    "difference from the reference engine on all cells, over the spread of the reference's grids; words say why an",
+    "engine does not run. `spread` is how far the reference's probabilities lie apart. The last columns are paths in a",
+    "block.",
     "",
 )
 
