@@ -225,7 +225,7 @@ def test_quantized_linears_are_called_and_never_looked_into(head_too):
     anatomy = anatomy_of(model)
     assert anatomy.streams == whole.streams
     assert anatomy.unit_work == whole.unit_work
-    assert anatomy.bytes_per_token == whole.bytes_per_token
+    assert anatomy.widest == whole.widest
     assert anatomy.vocabulary == whole.vocabulary
     assert select.choose(anatomy).name == "wavefront"
     tracer, request = Tracer(model), {"prompt": [5, 6, 7, 8, 9], "subject": (1, 3), "samples": 2, "window": 3}

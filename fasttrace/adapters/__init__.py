@@ -170,14 +170,10 @@ class Anatomy:
         return "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
     @cached_property
-    def bytes_per_token(self) -> int:
-        """Memory that one token of a pack takes at its peak: hidden states, projections, MLP activations.
-
-        Three copies of the widest activation and ten of the hidden state hold for GPT-2 and Llama-like blocks.
-        """
+    def widest(self) -> int:
+        """Width of the widest activation of a token in a block, from the linear modules' own words."""
         widths = [width_of(module) or 0 for block in self.blocks for module in block.modules()]
-        widest = max([4 * self.d_model, *widths])
-        return self.dtype.itemsize * (3 * widest + 10 * self.d_model)
+        return max([4 * self.d_model, *widths])
 
     @cached_property
     def unit_work(self) -> UnitWork:

@@ -1,28 +1,27 @@
-"""A job in as few passes as memory allows: split by noise sample first, then by cell. Both are exact."""
+"""A job in as few passes as memory allows: split by noise sample first, then by cell. Both are exact.
 
+A pass that runs out of memory is split again, and those after it are made smaller.
+"""
+
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-import psutil
-import torch
-from torch import distributed
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from fasttrace.adapters import Anatomy
 from fasttrace.cost import Cost, total
 from fasttrace.engines import ENGINES, LAYOUTS, cost_of_job
 from fasttrace.engines.job import Job
-from fasttrace.errors import PlanError
+from fasttrace.engines.memory import shares_passes, tokens_allowed
+from fasttrace.errors import EngineError
 from fasttrace.readout import Scores
+
+logger = logging.getLogger("fasttrace")
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
-
-MEMORY_SHARE = 0.5
-"""Part of the free memory that an automatic budget lets a pack's activations take."""
-
-CPU_TOKENS = 8192
-"""Largest pack that an automatic budget makes on a CPU: larger ones leave its caches and run slower per token."""
 
 
 def run_in_passes(
@@ -32,81 +31,96 @@ def run_in_passes(
 
     Raises:
         PlanError: a budget that is neither "auto" nor a number >= 1.
-        NumericsError, EngineError: see the engines.
+        EngineError: one cell and one noise sample do not fit into memory; or see the engines.
+        NumericsError: see the engines.
     """
-    passes = _split(engine, anatomy, job, _tokens_allowed(anatomy, budget))
-    steps = sum(_steps(engine, anatomy, part) for parts in passes for part in parts)
-    done = 0
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, steps)
-
-    target, by_samples = job.target, []
-    for parts in passes:
-        by_cells = []
-        for part in parts:
-            by_cells.append(ENGINES[engine](anatomy, replace(part, target=target), tick))
-            target = by_cells[0].target
-        by_samples.append(replace(by_cells[0], cells=np.concatenate([scores.cells for scores in by_cells])))
-    return _joined(by_samples), total(cost_of_job(engine, anatomy, part) for parts in passes for part in parts)
+    passes = _Passes(engine, anatomy, tokens_allowed(anatomy, budget), progress)
+    passes.steps = passes.steps_of(job)
+    return passes.run(job), total(passes.costs)
 
 
-def _joined(by_samples: list[Scores]) -> Scores:
-    return replace(
-        by_samples[0],
-        cells=np.concatenate([scores.cells for scores in by_samples], axis=1),
-        corrupted=np.concatenate([scores.corrupted for scores in by_samples]),
-    )
+class _Passes:
+    """The passes of one job.
+
+    Attributes:
+        allowed: most tokens of a pack; halved when memory runs out.
+        done, steps: blocks computed, and to be computed in all (of the reference engine: restored runs).
+        costs: of the passes that were finished.
+        waiting: parts of the job whose turn has not come.
+    """
+
+    def __init__(self, engine: str, anatomy: Anatomy, allowed: int, progress: Progress | None):
+        self.engine, self.anatomy, self.allowed, self.progress = engine, anatomy, allowed, progress
+        self.done = self.steps = 0
+        self.costs: list[Cost] = []
+        self.waiting: list[Job] = []
+
+    def run(self, job: Job) -> Scores:
+        """All passes of a job, one after the other."""
+        halves = self._split(job)
+        if halves is None:
+            try:
+                return self._pass(job)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error) or shares_passes(self.anatomy):
+                    raise
+                halves = self._split_smaller(job, error)
+            clear_device_cache(garbage_collection=True)
+            self.steps = self.done + sum(map(self.steps_of, (*halves, *self.waiting)))
+        self.waiting.append(halves[1])
+        first = self.run(halves[0])
+        second = self.run(replace(self.waiting.pop(), target=first.target))
+        return _joined(first, second, by_cell=len(halves[0].cells) < len(job.cells))
+
+    def steps_of(self, job: Job) -> int:
+        """Steps of all passes that a job will take."""
+        if self.engine not in LAYOUTS:
+            return len(job.cells) * job.samples
+        halves = self._split(job)
+        return self.anatomy.n_layers if halves is None else sum(map(self.steps_of, halves))
+
+    def _pass(self, job: Job) -> Scores:
+        scores = ENGINES[self.engine](self.anatomy, job, self._tick)
+        self.costs.append(cost_of_job(self.engine, self.anatomy, job))
+        return scores
+
+    def _tick(self) -> None:
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, self.steps)
+
+    def _split(self, job: Job) -> tuple[Job, Job] | None:
+        """A part that fits and the rest, or two halves; None if the job fits or cannot be split."""
+        if self.engine not in LAYOUTS or self._peak_tokens(job) <= self.allowed:
+            return None
+        if job.samples > 1:
+            fitting = max(1, self.allowed // self._peak_tokens(job.part(slice(None), slice(1))))
+            first = min(fitting, job.samples - 1)
+            return job.part(slice(None), slice(first)), job.part(slice(None), slice(first, None))
+        if len(job.cells) < 2:
+            return None
+        half = len(job.cells) // 2
+        return job.part(slice(half), slice(None)), job.part(slice(half, None), slice(None))
+
+    def _split_smaller(self, job: Job, error: RuntimeError) -> tuple[Job, Job]:
+        """Halves the budget below a pack that did not fit."""
+        tokens = self._peak_tokens(job) if self.engine in LAYOUTS else 0
+        self.allowed = max(1, min(self.allowed, tokens) // 2)
+        halves = self._split(job)
+        if halves is None:
+            raise EngineError(
+                f"out of memory on {self.anatomy.device} with one cell and one noise sample, {tokens} tokens: free "
+                "memory there, or load the model with device_map='auto'"
+            ) from error
+        logger.warning("out of memory with %d tokens in a pass; going on with at most %d", tokens, self.allowed)
+        return halves
+
+    def _peak_tokens(self, job: Job) -> int:
+        return job.plan(self.anatomy.n_layers, LAYOUTS[self.engine]).peak_tokens
 
 
-def _steps(engine: str, anatomy: Anatomy, job: Job) -> int:
-    return anatomy.n_layers if engine in LAYOUTS else len(job.cells) * job.samples
-
-
-def _split(engine: str, anatomy: Anatomy, job: Job, allowed: int) -> list[list[Job]]:
-    """Passes by sample, each a list of parts by cell."""
-    if engine not in LAYOUTS:
-        return [[job]]
-    each = max(1, allowed // _peak_tokens(engine, anatomy, job.part(slice(None), slice(1))))
-    chunks = [slice(begin, begin + each) for begin in range(0, job.samples, each)]
-    return [_split_cells(engine, anatomy, job.part(slice(None), chunk), allowed) for chunk in chunks]
-
-
-def _split_cells(engine: str, anatomy: Anatomy, job: Job, allowed: int) -> list[Job]:
-    if len(job.cells) < 2 or job.samples > 1 or _peak_tokens(engine, anatomy, job) <= allowed:
-        return [job]
-    half = len(job.cells) // 2
-    halves = (job.part(slice(half), slice(None)), job.part(slice(half, None), slice(None)))
-    return [part for piece in halves for part in _split_cells(engine, anatomy, piece, allowed)]
-
-
-def _peak_tokens(engine: str, anatomy: Anatomy, job: Job) -> int:
-    return job.plan(anatomy.n_layers, LAYOUTS[engine]).peak_tokens
-
-
-def _tokens_allowed(anatomy: Anatomy, budget: int | str) -> int:
-    if budget == "auto":
-        free = _least_of_ranks(anatomy, min(map(_free_bytes, anatomy.devices)))
-        by_memory = max(1, int(MEMORY_SHARE * free / anatomy.bytes_per_token))
-        return min(by_memory, CPU_TOKENS) if anatomy.device.type == "cpu" else by_memory
-    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
-        raise PlanError(f'budget is {budget!r}: give "auto", or the largest number of tokens of a pack, >= 1')
-    return budget
-
-
-def _least_of_ranks(anatomy: Anatomy, count: int) -> int:
-    """Processes that share the matrix products of one model have to make the same passes, or they wait for ever."""
-    if getattr(anatomy.model, "_device_mesh", None) is None:
-        return count
-    least = torch.tensor(count, device=anatomy.device)
-    distributed.all_reduce(least, distributed.ReduceOp.MIN)
-    return int(least)
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+def _joined(first: Scores, second: Scores, by_cell: bool) -> Scores:
+    cells = np.concatenate((first.cells, second.cells), axis=0 if by_cell else 1)
+    if by_cell:
+        return replace(first, cells=cells)
+    return replace(first, cells=cells, corrupted=np.concatenate((first.corrupted, second.corrupted)))

@@ -1,0 +1,74 @@
+"""How many tokens a pack may have: free memory over the bytes that one token takes.
+
+The bytes are a model of the allocator's peak inside a pass, measured on GPT-2 and Llama-like shapes
+(`tests/test_memory.py` measures it again): hidden states, projections and keys of one block at a time, the widest
+activation of its MLP, and apart from the pack the logits of one chunk of rows.
+"""
+
+import psutil
+import torch
+from torch import distributed
+
+from fasttrace.adapters import Anatomy
+from fasttrace.errors import PlanError
+from fasttrace.readout import CHUNK_BYTES
+
+HIDDEN_COPIES = 14
+"""Tensors of a token's hidden width that are alive at once while a block runs: 8 to 13 were seen."""
+
+WIDE_COPIES = 3
+"""The same of its widest activation: before, inside and after the activation function."""
+
+READOUT_BYTES = 4 * CHUNK_BYTES
+"""Logits of a chunk of rows, in the model's type and in float32, and what a softmax adds."""
+
+MEMORY_SHARE = 0.7
+"""Part of the free memory that an automatic budget lets a pass take."""
+
+CPU_TOKENS = 8192
+"""Largest pack that an automatic budget makes on a CPU: larger ones leave its caches and run slower per token."""
+
+
+def bytes_per_token(anatomy: Anatomy) -> int:
+    """Memory that one token of a pack takes at the peak of a pass."""
+    return anatomy.dtype.itemsize * (HIDDEN_COPIES * anatomy.d_model + WIDE_COPIES * anatomy.widest)
+
+
+def tokens_allowed(anatomy: Anatomy, budget: int | str) -> int:
+    """Most tokens of a pack.
+
+    Args:
+        anatomy: the model.
+        budget: that number, or "auto" from the free memory of the device that has least of it.
+
+    Raises:
+        PlanError: neither "auto" nor a number >= 1.
+    """
+    if budget == "auto":
+        free = _least_of_ranks(anatomy, min(map(free_bytes, anatomy.devices)))
+        by_memory = max(1, int((MEMORY_SHARE * free - READOUT_BYTES) / bytes_per_token(anatomy)))
+        return min(by_memory, CPU_TOKENS) if anatomy.device.type == "cpu" else by_memory
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
+        raise PlanError(f'budget is {budget!r}: give "auto", or the largest number of tokens of a pack, >= 1')
+    return budget
+
+
+def shares_passes(anatomy: Anatomy) -> bool:
+    """Whether several processes compute this model together, so that all have to make the same passes."""
+    return getattr(anatomy.model, "_device_mesh", None) is not None
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be had on a device, what torch holds without using it included."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return psutil.virtual_memory().available
+
+
+def _least_of_ranks(anatomy: Anatomy, count: int) -> int:
+    if not shares_passes(anatomy):
+        return count
+    least = torch.tensor(count, device=anatomy.device)
+    distributed.all_reduce(least, distributed.ReduceOp.MIN)
+    return int(least)
