@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help demo test check format families bench bench-peers clean
+.PHONY: help demo test check format kernels kernels-interpreted kernels-compiled families bench bench-peers clean
 .DELETE_ON_ERROR:
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make test         run the tests"
 	@echo "make check        ruff and pyright"
 	@echo "make format       let ruff rewrite what it can"
+	@echo "make kernels      the GPU kernels without a GPU: interpreted, and compiled for sm_80 and sm_90"
 	@echo "make families     every engine on every causal type of transformers, into docs/families.md (for the night)"
 	@echo "make bench        measure this machine"
 	@echo "make bench-peers  compare with other tools"
@@ -32,6 +33,16 @@ check: $(VENV)/.with-dev
 format: $(VENV)/.with-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The interpreter is chosen when triton is imported, so the two cannot share a process; they can share the machine.
+kernels: $(VENV)/.with-kernels
+	$(MAKE) --no-print-directory --output-sync=target -j2 kernels-interpreted kernels-compiled
+
+kernels-interpreted: $(VENV)/.with-kernels
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q --confcutdir=tests/kernels tests/kernels/interpreter_*.py $(ARGS)
+
+kernels-compiled: $(VENV)/.with-kernels
+	$(BIN)/python -m pytest -q -s --confcutdir=tests/kernels tests/kernels/compile_*.py $(ARGS)
 
 families: $(VENV)/.with-test
 	$(BIN)/python -m bench.families --out docs/families.md $(ARGS)

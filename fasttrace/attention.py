@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -27,6 +27,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fasttrace.adapters import Anatomy
 from fasttrace.errors import EngineError
 from fasttrace.hooks import replaced_method
+
+if TYPE_CHECKING:
+    from fasttrace.kernel_attention import KernelState
 
 logger = logging.getLogger("fasttrace")
 
@@ -60,6 +63,7 @@ class PackState:
         groups: of the block being computed; the engine sets it.
         calls: attention calls so far; the engine checks that every block made one.
         masks: of tiles, by the mask they are made from and the tile's shape; with that mask, so that it lives on.
+        kernel: where attention may be one launch a block; the engine sets it.
     """
 
     n_base: int
@@ -68,6 +72,7 @@ class PackState:
     groups: tuple[GroupOnDevice, ...] = ()
     calls: int = 0
     masks: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    kernel: "KernelState | None" = None
 
     @property
     def n_tokens(self) -> int:
@@ -184,6 +189,10 @@ def _attend(
     state = _running()
     function = _arithmetic(module, state.implementation)
     mask = _checked(state, module, query, key, attention_mask)
+    if state.kernel is not None:
+        attended = state.kernel.attend(module, query, key, value, mask, kwargs)
+        if attended is not None:
+            return attended, None
     base_key, base_value = (_rectangle(x, 0, state.n_base, state.n_positions) for x in (key, value))
     outputs = []
     for group in state.groups:
@@ -291,7 +300,10 @@ def after_prefix(base: Tensor, own: Tensor, group: GroupOnDevice) -> Tensor:
 
 def _full_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """The model's own mask for one whole prompt, [batch, 1, position, position], never skipped."""
-    build = ALL_MASK_ATTENTION_FUNCTIONS[_running().implementation]
+    state = _running()
+    build = ALL_MASK_ATTENTION_FUNCTIONS[state.implementation]
+    if state.kernel is not None:
+        build = state.kernel.watched(build)
     return build(*args, **(kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}))
 
 

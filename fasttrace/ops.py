@@ -6,7 +6,9 @@ Each computes the same function as the module it stands in for, in fewer or smal
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextvars import ContextVar
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,15 @@ from transformers.activations import NewGELUActivation
 
 from fasttrace.adapters import Anatomy
 from fasttrace.hooks import replaced_forward
+from fasttrace.plan import Plan
+
+if TYPE_CHECKING:
+    from fasttrace.kernel_attention import KernelState
+
+KERNEL_DEVICES = ("cuda",)
+"""Where attention runs in the kernel rather than group by group."""
+
+_FUSING: ContextVar[bool] = ContextVar("fasttrace_fusing", default=False)
 
 CPU_CHUNK = 1024
 """Tokens that go through an MLP together on a CPU: what is between its two products then stays in the caches."""
@@ -35,10 +46,21 @@ def in_chunks(forward: Callable[..., Any]) -> Callable[..., Any]:
     return chunked
 
 
+def attention_kernel(anatomy: Anatomy, plan: Plan) -> "KernelState | None":
+    """What makes attention one launch a block, on GPUs and while operations are fused; None: group by group."""
+    if not _FUSING.get() or anatomy.device.type not in KERNEL_DEVICES or find_spec("triton") is None:
+        return None
+    from fasttrace.kernel_attention import KernelState
+
+    return KernelState(plan.shape.n_positions, plan.blocks)
+
+
 @contextmanager
 def fused(anatomy: Anatomy, fuse: bool = True) -> Iterator[None]:
     """While open, modules with a faster equivalent use it; with fuse=False nothing changes."""
     with ExitStack() as stack:
+        token = _FUSING.set(fuse)
+        stack.callback(_FUSING.reset, token)
         if fuse:
             for module in anatomy.model.modules():
                 if isinstance(module, NewGELUActivation):

@@ -127,8 +127,9 @@ def test_a_wrong_index_table_is_noticed(family, engine, monkeypatch):
 
     def shifted(*arguments):
         tables = right(*arguments)
-        if tables.attention is not None:
-            object.__setattr__(tables, "attention", (tables.attention[0], tables.attention[1] - 1))
+        for block in tables:
+            if block.attention is not None:
+                object.__setattr__(block, "attention", (block.attention[0], block.attention[1] - 1))
         return tables
 
     job = make_job(7, (1, 4), 2, all_grids(("attention_output",), 3, 7))
@@ -261,3 +262,24 @@ def test_restoring_works_on_outputs_that_are_not_contiguous():
     expected[2, 1] = expected[0, 0]
     restored = restore(hidden, (torch.tensor([5]), torch.tensor([0])))
     assert torch.equal(restored, expected)
+
+
+def test_all_tables_of_a_plan_reach_the_device_in_one_copy(monkeypatch):
+    from fasttrace.engines import tables
+
+    anatomy, job = tiny_anatomy("gpt2"), make_job(7, (1, 4), 2, all_grids(STREAMS, 3, 7))
+    plan = job.plan(anatomy.n_layers, "suffix")
+    copies = []
+    right = torch.from_numpy
+    monkeypatch.setattr(tables.torch, "from_numpy", lambda array: copies.append(len(array)) or right(array))
+    found = tables.tables_of(plan, torch.device("cpu"))
+    assert len(copies) == 1
+    for block, moved in zip(plan.blocks, found, strict=True):
+        np.testing.assert_array_equal(moved.origin, block.origin)
+        np.testing.assert_array_equal(moved.position, block.origin % 7)
+        assert (moved.source is None) == (block.source is None)
+        if block.carried is not None:
+            np.testing.assert_array_equal(moved.carried, block.carried)
+        if moved.mlp_computed is not None:
+            np.testing.assert_array_equal(moved.mlp_computed[0], block.mlp_keep)
+            np.testing.assert_array_equal(moved.mlp_computed[1], block.mlp_spread)

@@ -1,6 +1,7 @@
 """Every engine that claims a family gives the reference's grids; broken on purpose, it does not."""
 
 from functools import cache
+from itertools import product
 
 import numpy as np
 import pytest
@@ -132,10 +133,10 @@ def wrong_tables(**changes):
         right = wavefront.tables_of
 
         def wrong(*arguments):
-            tables = right(*arguments)
-            for name, change in changes.items():
-                object.__setattr__(tables, name, change(tables))
-            return tables
+            blocks = right(*arguments)
+            for tables, name in product(blocks, changes):
+                object.__setattr__(tables, name, changes[name](tables))
+            return blocks
 
         patch.setattr(wavefront, "tables_of", wrong)
 

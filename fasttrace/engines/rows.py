@@ -32,9 +32,8 @@ def run(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
     with ExitStack() as stack:
         stack.enter_context(evaluating(anatomy.model))
         stack.enter_context(output_hook(anatomy.embedding, job.corruption.added_to))
-        for number, block in enumerate(plan.blocks):
-            step = _Step(anatomy, number, tables_of(block, n_positions, anatomy.device), n_base, n_positions)
-            step.hook(stack)
+        for number, tables in enumerate(tables_of(plan, anatomy.device)):
+            _Step(anatomy, number, tables, n_base, n_positions).hook(stack)
             stack.enter_context(output_hook(anatomy.blocks[number], last_block.watcher(tick)))
         stack.enter_context(raw_output_hook(anatomy.blocks[-1], last_block.split))
         logits = base_logits(anatomy, job)

@@ -1,6 +1,6 @@
 """What the packed engines and rows share: tables on the device, growth, edits, and the end of a pass."""
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,24 +39,42 @@ class BlockTables:
     mlp_computed: tuple[Tensor, Tensor] | None
 
 
-def tables_of(block: BlockPlan, n_positions: int, device: torch.device) -> BlockTables:
-    """Moves one block's tables to a device, before the pass."""
+def tables_of(plan: Plan, device: torch.device) -> list[BlockTables]:
+    """All tables of a plan, in one copy to a device, before the pass."""
+    columns = [_columns(block, plan.shape.n_positions) for block in plan.blocks]
+    given = iter(on_device([table for block in columns for table in block if table is not None], device))
+    return [_block_tables(*(None if table is None else next(given) for table in block)) for block in columns]
 
-    def move(table: np.ndarray | None) -> Any:
-        return None if table is None else torch.from_numpy(table).to(device, non_blocking=True)
 
-    def pair(to: np.ndarray, taken_from: np.ndarray) -> Any:
-        return (move(to), move(taken_from)) if len(to) else None
+def on_device(tables: Sequence[np.ndarray], device: torch.device) -> Sequence[Tensor]:
+    """Index tables as tensors that share one buffer; from pinned memory, so that nothing waits for the copy."""
+    if not tables:
+        return ()
+    buffer = torch.from_numpy(np.concatenate(tables))
+    if device.type == "cuda":
+        buffer = buffer.pin_memory()
+    return buffer.to(device, non_blocking=True).split([len(table) for table in tables])
 
-    return BlockTables(
-        source=move(block.source),
-        carried=move(block.source if block.carried is None else block.carried),
-        origin=move(block.origin),
-        position=move(block.origin % n_positions),
-        attention=pair(block.attention_to, block.attention_from),
-        mlp=pair(block.mlp_to, block.mlp_from),
-        mlp_computed=None if block.mlp_keep is None else (move(block.mlp_keep), move(block.mlp_spread)),
+
+def _columns(block: BlockPlan, n_positions: int) -> tuple[np.ndarray | None, ...]:
+    has_attention, has_mlp = len(block.attention_to) > 0, len(block.mlp_to) > 0
+    return (
+        block.source,
+        block.carried,
+        block.origin,
+        block.origin % n_positions,
+        block.attention_to if has_attention else None,
+        block.attention_from if has_attention else None,
+        block.mlp_to if has_mlp else None,
+        block.mlp_from if has_mlp else None,
+        block.mlp_keep,
+        block.mlp_spread,
     )
+
+
+def _block_tables(source, carried, origin, position, *edits) -> BlockTables:
+    attention, mlp, mlp_computed = (None if edits[i] is None else (edits[i], edits[i + 1]) for i in (0, 2, 4))
+    return BlockTables(source, source if carried is None else carried, origin, position, attention, mlp, mlp_computed)
 
 
 def picked(tensor: Tensor, axis: int, index: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,22 @@ from fasttrace.adapters import Anatomy
 from fasttrace.adapters.inputs import Axes, Path
 from fasttrace.attention import GroupOnDevice, PackState, ragged_attention
 from fasttrace.engines.job import Job, Tick
-from fasttrace.engines.tables import BlockTables, Edits, LastBlock, base_logits, grown, picked, restore, tables_of
+from fasttrace.engines.tables import (
+    BlockTables,
+    Edits,
+    LastBlock,
+    base_logits,
+    grown,
+    on_device,
+    picked,
+    restore,
+    tables_of,
+)
 from fasttrace.errors import EngineError
 from fasttrace.fork import Fork, forked_attention
 from fasttrace.hooks import evaluating, input_hook, output_hook, raw_output_hook
-from fasttrace.plan import BlockPlan, Layout
+from fasttrace.ops import attention_kernel
+from fasttrace.plan import Layout, Plan
 from fasttrace.readout import Scores
 
 LAYOUT: Layout = "suffix"
@@ -51,16 +63,15 @@ def run_fork(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
 
 def _run(anatomy: Anatomy, job: Job, tick: Tick, attention: Attention) -> Scores:
     plan = job.plan(anatomy.n_layers, LAYOUT)
-    state = PackState(1 + job.samples, len(job.token_ids))
+    state = PackState(1 + job.samples, len(job.token_ids), kernel=attention_kernel(anatomy, plan))
     last_block = LastBlock(anatomy, plan)
     with ExitStack() as stack:
         stack.enter_context(evaluating(anatomy.model))
         fork = stack.enter_context(attention(anatomy, state))
         stack.enter_context(output_hook(anatomy.embedding, job.corruption.added_to))
-        for number, block in enumerate(plan.blocks):
-            tables = tables_of(block, state.n_positions, anatomy.device)
-            step = _Step(anatomy, number, tables, _groups_of(block, anatomy.device), state)
-            step.hook(stack, fork)
+        blocks = zip(tables_of(plan, anatomy.device), _groups_of(plan, anatomy.device), strict=True)
+        for number, (tables, groups) in enumerate(blocks):
+            _Step(anatomy, number, tables, groups, state).hook(stack, fork)
             stack.enter_context(output_hook(anatomy.blocks[number], last_block.watcher(tick)))
         stack.enter_context(raw_output_hook(anatomy.blocks[-1], last_block.split))
         logits = base_logits(anatomy, job)
@@ -95,6 +106,8 @@ class _Step:
     def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Hook on the block: grows its arguments, and says which rectangles its attention will see."""
         self.state.groups = self.groups
+        if self.state.kernel is not None:
+            self.state.kernel.number = self.number
         return grown(args, kwargs, self._grow_hidden, self._grow_other, self._grow_shared)
 
     def _grow_hidden(self, hidden: Tensor) -> Tensor:
@@ -163,10 +176,8 @@ def _tokens_picked(hidden: Tensor, index: Tensor) -> Tensor:
     return picked(hidden, hidden.dim() - 2, index)
 
 
-def _groups_of(block: BlockPlan, device: torch.device) -> tuple[GroupOnDevice, ...]:
-    return tuple(
-        GroupOnDevice(
-            group.first, group.start, group.tile_rows, len(group.base), torch.from_numpy(group.base).to(device)
-        )
-        for group in block.groups
-    )
+def _groups_of(plan: Plan, device: torch.device) -> list[tuple[GroupOnDevice, ...]]:
+    groups = [group for block in plan.blocks for group in block.groups]
+    moved = zip(groups, on_device([group.base for group in groups], device), strict=True)
+    found = (GroupOnDevice(g.first, g.start, g.tile_rows, len(g.base), base) for g, base in moved)
+    return [tuple(islice(found, len(block.groups))) for block in plan.blocks]

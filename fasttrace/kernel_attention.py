@@ -1,0 +1,126 @@
+"""Ragged attention in one launch a block, where a kernel's features cover the model's; see `attention.py` for the rest.
+
+The model says what it wants through the arguments of transformers' attention interface and through its mask. A mask
+that is causal, or causal within a window, is read off on the host before it is needed on the device, so that nothing
+waits.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from fasttrace_kernels.layout import AttentionLayout
+from fasttrace_kernels.suffix_attention import suffix_attention, tile_tokens
+from torch import Tensor, nn
+
+from fasttrace.plan import BlockPlan
+
+UNDERSTOOD = frozenset({"scaling", "softcap", "s_aux", "dropout", "sliding_window", "is_causal", "position_ids"})
+"""Arguments that the kernel does, or that say again what the mask says."""
+
+Visible = dict[int, tuple[Tensor, int | None]]
+"""id of a mask -> the mask, so that it lives on, and its window (0: neither causal nor a window; None: no window)."""
+
+
+@dataclass
+class KernelState:
+    """What one forward pass knows beside `PackState`.
+
+    Attributes:
+        n_positions: tokens of a base row.
+        blocks: of the plan.
+        number: of the block being computed; the engine sets it.
+        layouts: made when the first block of a kind asks for them.
+        masks: of the model.
+    """
+
+    n_positions: int
+    blocks: tuple[BlockPlan, ...]
+    number: int = 0
+    layouts: dict[tuple, AttentionLayout] = field(default_factory=dict)
+    masks: Visible = field(default_factory=dict)
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, arguments: dict[str, Any]
+    ) -> Tensor | None:
+        """[1, token, head, d_value], or None where the model asks for more than the kernel does.
+
+        Args:
+            module: the attention module.
+            query: [1, head, token, d_head].
+            key: [1, kv_head, token, d_head].
+            value: [1, kv_head, token, d_value].
+            mask: the model's, for one prompt.
+            arguments: of the attention interface.
+        """
+        given = {name for name, argument in arguments.items() if argument is not None and argument is not False}
+        _, window = self.masks.get(id(mask), (mask, 0))
+        if window == 0 or not given <= UNDERSTOOD:
+            return None
+        sinks = arguments.get("s_aux")
+        if getattr(module, "sinks", None) is not sinks or (query.dtype == torch.float64 and query.is_cuda):
+            return None
+        q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+        attended = suffix_attention(
+            q,
+            k,
+            v,
+            self._layout(q, k, v),
+            scale=arguments.get("scaling"),
+            window=window,
+            softcap=arguments.get("softcap") or 0.0,
+            sinks=None if sinks is None else sinks.float(),
+        )
+        return attended.unsqueeze(0)
+
+    def _layout(self, q: Tensor, k: Tensor, v: Tensor) -> AttentionLayout:
+        block = tile_tokens(q.dtype, max(k.shape[-1], v.shape[-1]), q.shape[1] // k.shape[1], self.n_positions)
+        same = self.number
+        while same > 0 and self.blocks[same].source is None:
+            same -= 1  # no row was born since: the pack is laid out as before
+        if (same, block) not in self.layouts:
+            self.layouts[same, block] = layout_of(self.blocks[same], self.n_positions, block).to(q.device)
+        return self.layouts[same, block]
+
+    def watched(self, build: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+        """A mask builder that also notes what its masks let a query see."""
+
+        def built(*args: Any, **kwargs: Any) -> Tensor | None:
+            mask = build(*args, **kwargs)
+            if mask is not None:
+                on_host = mask if mask.device.type == "cpu" else build(*args, **(kwargs | {"device": "cpu"}))
+                self.masks[id(mask)] = mask, window_of_mask(on_host)
+            return mask
+
+        return built
+
+
+def layout_of(block: BlockPlan, n_positions: int, tile: int) -> AttentionLayout:
+    """The rows of one block's pack, as the kernel wants them."""
+    columns = []
+    for group in block.groups:
+        length = n_positions - group.first
+        base = np.repeat(group.base, group.tile_rows)
+        start = group.start + np.arange(len(base)) * length
+        columns.append((start, np.full_like(start, length), np.full_like(start, group.first), base * n_positions))
+    return AttentionLayout.build(*map(np.concatenate, zip(*columns, strict=True)), block=tile)
+
+
+def window_of_mask(mask: Tensor | None) -> int | None:
+    """How many tokens a query sees: None for all before it, 0 for a mask that is no such band.
+
+    Args:
+        mask: [batch, 1, position, position] on the host; True or 0 where a key is seen.
+    """
+    if mask is None or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != mask.shape[3]:
+        return 0
+    seen = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] == 0
+    n_positions = len(seen)
+    window = int(seen[-1].sum())
+    ones = torch.ones(n_positions, n_positions, dtype=torch.bool)
+    band = ones.tril() & ones.triu(1 - window)
+    if not torch.equal(seen, band):
+        return 0
+    return None if window == n_positions else window

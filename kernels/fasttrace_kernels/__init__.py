@@ -1,0 +1,1 @@
+"""Operations of a pack of rows: Triton kernels for GPUs, torch everywhere else."""

@@ -1,0 +1,243 @@
+"""Attention of a pack in torch equals the row-by-row reference, and says what it cannot compute; no Triton needed."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from fasttrace_kernels import suffix_attention as module
+from fasttrace_kernels.layout import AttentionLayout
+from fasttrace_kernels.suffix_attention import suffix_attention, tile_tokens
+from fasttrace_kernels.varlen import VarlenLayout, gathered, varlen_attention
+
+from tests.kernels.packs import (
+    DTYPES,
+    Heads,
+    assert_attends,
+    layout_of,
+    poisoned,
+    random_rows,
+    random_sinks,
+    random_tensors,
+)
+
+HEADS = (Heads(14, 2, 64), Heads(3, 3, 80), Heads(4, 2, 128), Heads(4, 1, 24, 16))
+OPTIONS = {
+    "plain": {},
+    "window": {"window": 4},
+    "softcap": {"softcap": 2.0, "scale": 0.5},
+    "sinks": {"sinks": True},
+    "all": {"window": 7, "softcap": 3.0, "sinks": True, "scale": 0.2},
+}
+
+
+def options_of(name, heads):
+    options = dict(OPTIONS[name])
+    if options.pop("sinks", False):
+        options["sinks"] = random_sinks(heads)
+    return options
+
+
+def case(n_positions, heads, dtype=torch.float32, block=32, n_base=3, n_rows=20, order="base"):
+    layout = layout_of(n_positions, n_base, n_rows, block, order=order)
+    return *random_tensors(layout.n_tokens, heads, dtype), layout
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("n_positions", [1, 5, 12, 40])
+def test_tiles_in_torch_equal_the_reference_up_to_rounding(n_positions, heads, dtype, options):
+    q, k, v, layout = case(n_positions, heads, dtype)
+    options = options_of(options, heads)
+    out = poisoned(q, v)
+    assert suffix_attention(q, k, v, layout, out=out, **options) is out
+    assert_attends(out, q, k, v, layout, **options)
+
+
+@pytest.mark.parametrize("order", ["base", "first", "random"])
+@pytest.mark.parametrize("block", [1, 7, 64])
+@pytest.mark.parametrize("options", ["plain", "all"])
+def test_any_order_of_rows_and_any_tile_give_the_same_numbers(order, block, options):
+    q, k, v, layout = case(9, HEADS[0], block=block, order=order)
+    options = options_of(options, HEADS[0])
+    assert_attends(suffix_attention(q, k, v, layout, **options), q, k, v, layout, **options)
+
+
+@pytest.mark.parametrize("rows", [(1, 0), (2, 0), (1, 1)], ids=["one row", "base rows only", "one suffix"])
+def test_small_packs_equal_the_reference(rows):
+    q, k, v, layout = case(5, HEADS[1], n_base=rows[0], n_rows=rows[1])
+    assert_attends(suffix_attention(q, k, v, layout), q, k, v, layout)
+
+
+def test_a_pack_without_tokens_gives_an_output_without_tokens():
+    layout = AttentionLayout.build([], [], [], [])
+    q = torch.zeros(0, 4, 16)
+    assert suffix_attention(q, q, q, layout).shape == (0, 4, 16)
+
+
+def test_little_memory_only_means_more_steps(monkeypatch):
+    q, k, v, layout = case(12, HEADS[0], block=8)
+    whole = suffix_attention(q, k, v, layout)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 1)
+    assert len(list(module._chunks(layout.key_counts, 1024))) == layout.n_tiles
+    torch.testing.assert_close(suffix_attention(q, k, v, layout), whole)
+
+
+def test_float64_keeps_its_digits():
+    q, k, v, layout = case(12, HEADS[0], torch.float64)
+    options = options_of("all", HEADS[0])
+    out = suffix_attention(q, k, v, layout, **options)
+    expected = module_reference(q, k, v, layout, **options)
+    torch.testing.assert_close(out, expected, atol=1e-13, rtol=1e-12)
+
+
+def module_reference(*args, **kwargs):
+    from fasttrace_kernels import reference
+
+    return reference.suffix_attention(*args, **kwargs)
+
+
+def test_a_window_sees_what_transformers_lets_it_see():
+    from transformers.masking_utils import sliding_window_overlay
+
+    overlay, window = sliding_window_overlay(3), []
+    layout = AttentionLayout.build([0], [8], [0], [0])
+    for key in range(8):
+        v = torch.zeros(8, 1, 16)
+        v[key] = 1
+        seen = suffix_attention(torch.zeros(8, 1, 16), torch.zeros(8, 1, 16), v, layout, window=3)[:, 0, 0] > 0
+        window.append(seen)
+    expected = [[key <= query and bool(overlay(0, 0, query, key)) for query in range(8)] for key in range(8)]
+    assert torch.stack(window).tolist() == expected
+
+
+def test_the_torch_path_can_be_differentiated():
+    q, k, v, layout = case(5, HEADS[1])
+    q = q.clone().requires_grad_()
+    suffix_attention(q, k, v, layout).sum().backward()
+    assert q.grad is not None
+    assert q.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(8, 4)}, r"\[token, head, d_head\]"),
+        ({"q": torch.zeros(7, 4, 16)}, "layout is of 8 tokens"),
+        ({"q": torch.zeros(8, 3, 16)}, "heads do not fit"),
+        ({"k": torch.zeros(8, 2, 17)}, "heads do not fit"),
+        ({"v": torch.zeros(8, 1, 16)}, "heads do not fit"),
+        ({"k": torch.zeros(8, 2, 16).half()}, "one floating type"),
+        ({"k": torch.zeros(8, 2, 16, device="meta")}, "one device"),
+        ({"k": torch.zeros(8, 2, 32)[..., ::2]}, r"call \.contiguous"),
+        ({"window": 0}, "window >= 1"),
+        ({"softcap": -1.0}, "softcap > 0"),
+        ({"sinks": torch.zeros(3)}, r"contiguous \[4\]"),
+        ({"out": torch.zeros(8, 4, 15)}, r"out must be \[8, 4, 16\]"),
+        ({"backend": "cuda"}, "pass 'auto'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    layout = AttentionLayout.build([0, 5], [5, 3], [0, 2], [0, 0])
+    given = {"q": torch.zeros(8, 4, 16), "k": torch.zeros(8, 2, 16), "v": torch.zeros(8, 2, 16), "layout": layout}
+    with pytest.raises(ValueError, match=message):
+        suffix_attention(**given | change)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.zeros(1, 1, 16, dtype=torch.float64), "not torch.float64"),
+        (torch.zeros(1, 1, 16, requires_grad=True), "no backward"),
+        (torch.zeros(1, 1, 272), "up to 256"),
+    ],
+)
+def test_what_the_kernel_cannot_compute_it_refuses(tensor, message):
+    layout = AttentionLayout.build([0], [1], [0], [0])
+    with pytest.raises(ValueError, match=message):
+        suffix_attention(tensor, tensor, tensor, layout, backend="triton")
+
+
+def test_a_kernel_asked_for_by_name_runs_or_raises():
+    layout = AttentionLayout.build([0], [1], [0], [0])
+    q = torch.zeros(1, 1, 16)
+    with pytest.raises(RuntimeError, match="pass backend='torch'"):
+        suffix_attention(q, q, q, layout, backend="triton")
+
+
+@pytest.mark.parametrize("group", [1, 2, 4, 7, 16, 48, 71])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tiles_of_the_advised_size_fill_one_program(group, dtype):
+    for d_head in (16, 64, 80, 256):
+        tokens = tile_tokens(dtype, d_head, group, longest=20)
+        block_m = module.config_of(dtype, d_head, 20).block_m
+        assert tokens * module._fold(group) <= block_m < (tokens + 1) * module._fold(group) or tokens == 1
+
+
+def test_importing_the_kernels_does_not_import_triton():
+    code = "import sys, fasttrace_kernels.suffix_attention, fasttrace_kernels.varlen; sys.exit('triton' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+
+
+@pytest.mark.parametrize("order", ["base", "first", "random"])
+def test_rows_gathered_for_varlen_attn_are_the_rows_of_the_pack(order):
+    q, k, v, layout = case(9, HEADS[0], order=order)
+    sequences = VarlenLayout.build(layout)
+    keys, values = gathered(k, sequences), gathered(v, sequences)
+    assert sequences.query_ends.dtype == sequences.key_ends.dtype == torch.int32
+    assert sequences.most_keys == 9
+    assert sequences.most_queries == 9
+    out = poisoned(q, v)
+    bounds = zip(*(ends.unfold(0, 2, 1).tolist() for ends in (sequences.query_ends, sequences.key_ends)), strict=True)
+    for queries, own in bounds:
+        row, seen = slice(*queries), slice(*own)
+        n_queries, n_keys = row.stop - row.start, seen.stop - seen.start
+        aligned_to_the_last_key = torch.ones(n_queries, n_keys, dtype=torch.bool).tril(n_keys - n_queries)
+        states = (x.transpose(0, 1)[None] for x in (q[row], keys[seen], values[seen]))
+        attend = torch.nn.functional.scaled_dot_product_attention
+        out[row] = attend(*states, attn_mask=aligned_to_the_last_key, enable_gqa=True)[0].transpose(0, 1)
+    assert_attends(out, q, k, v, layout)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({}, RuntimeError, "CUDA tensors"),
+        ({"softcap": 1.0}, ValueError, "neither soft caps nor sinks"),
+        ({"sinks": torch.zeros(4)}, ValueError, "neither soft caps nor sinks"),
+        ({"q": torch.zeros(8, 4, 16)}, ValueError, "float16 or bfloat16"),
+        ({"v": torch.zeros(8, 2, 8).half()}, ValueError, "heads do not fit"),
+        ({"q": torch.zeros(7, 4, 16).half()}, ValueError, "8 tokens"),
+        ({"window": 0}, ValueError, "window >= 1"),
+    ],
+)
+def test_varlen_attention_says_what_it_cannot_compute(change, error, message):
+    layout = VarlenLayout.build(AttentionLayout.build(*random_rows(5, 1, 0)[:1], [8], [0], [0]))
+    k = torch.zeros(8, 2, 16).half()
+    given = {"q": torch.zeros(8, 4, 16).half(), "k": k, "v": k, "layout": layout}
+    with pytest.raises(error, match=message):
+        varlen_attention(**given | change)
+
+
+@pytest.mark.parametrize("knows_groups", [True, False])
+@pytest.mark.parametrize("window", [None, 3])
+def test_varlen_attn_of_either_torch_is_called_with_what_it_takes(knows_groups, window, monkeypatch):
+    from fasttrace_kernels import varlen
+
+    q, k, v, layout = case(5, HEADS[0], torch.bfloat16)
+    sequences, calls = VarlenLayout.build(layout), []
+
+    def attend(*args, **kwargs):
+        calls.append((args, kwargs))
+        return args[0]
+
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    names = frozenset({"enable_gqa"} if knows_groups else ())
+    monkeypatch.setattr(varlen, "_varlen_attn", lambda: (attend, names))
+    varlen_attention(q, k, v, sequences, window=window, scale=0.5)
+    [(args, kwargs)] = calls
+    assert args[1].shape[1] == (2 if knows_groups else 14)
+    assert kwargs == {"scale": 0.5, "window_size": (-1 if window is None else 2, 0)} | (
+        {"enable_gqa": True} if knows_groups else {}
+    )

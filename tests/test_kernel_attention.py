@@ -1,0 +1,128 @@
+"""Attention in one call a block gives the numbers of attention group by group, with the model's own masks."""
+
+import numpy as np
+import pytest
+import torch
+
+from fasttrace import ops
+from fasttrace.adapters import anatomy_of
+from fasttrace.cells import grid_cells
+from fasttrace.corruption import draw
+from fasttrace.engines import ENGINES, reference
+from fasttrace.engines.job import Job
+from fasttrace.kernel_attention import KernelState, window_of_mask
+from fasttrace.ops import fused
+from tests import zoo
+
+FAMILIES = ("gpt2", "llama", "mistral", "qwen3", "gemma2", "gemma3_text", "gemma3n_text", "gpt_oss", "granite")
+FAMILIES += ("cohere2", "deepseek_v3", "phi3", "olmo3", "mixtral", "stablelm", "gpt_neox", "starcoder2")
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """The kernel's torch path on a CPU; counts its calls."""
+    calls = []
+    right = KernelState.attend
+
+    def counted(state, *arguments):
+        attended = right(state, *arguments)
+        calls.append(attended is not None)
+        return attended
+
+    monkeypatch.setattr(ops, "KERNEL_DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(ops, "find_spec", lambda _: "as if triton were there")
+    monkeypatch.setattr(KernelState, "attend", counted)
+    return calls
+
+
+def job_of(anatomy, samples=2, n_positions=9):
+    ids = torch.randint(1, 60, (n_positions,), generator=torch.Generator().manual_seed(3))
+    cells = tuple(cell for s in anatomy.streams for cell in grid_cells(s, 3, anatomy.n_layers, n_positions))
+    return Job(ids, draw((2, 4), anatomy.d_model, sigma=1.0, samples=samples, seed=1), cells, None)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_kernel_gives_the_grids_of_plain_forward_passes(name, kernel):
+    anatomy = anatomy_of(zoo.tiny_model(name))
+    job = job_of(anatomy)
+    expected = reference.run(anatomy, job, lambda: None, rows=1000)
+    with fused(anatomy):
+        scores = ENGINES["wavefront"](anatomy, job, lambda: None)
+    assert kernel == [True] * anatomy.n_layers, "every block attends in one call"
+    assert np.abs(scores.cells - expected.cells).max() < 1e-5 * np.ptp(expected.cells)
+
+
+def test_a_window_that_is_not_told_moves_the_grids(kernel, monkeypatch):
+    """The comparison has teeth: with the window taken for none, mistral's grids are wrong."""
+    from fasttrace import kernel_attention
+
+    anatomy = anatomy_of(zoo.tiny_model("mistral"))
+    job = job_of(anatomy)
+    expected = reference.run(anatomy, job, lambda: None, rows=1000)
+    monkeypatch.setattr(kernel_attention, "window_of_mask", lambda _: None)
+    with fused(anatomy):
+        scores = ENGINES["wavefront"](anatomy, job, lambda: None)
+    assert np.abs(scores.cells - expected.cells).max() > 1e-2 * np.ptp(expected.cells)
+
+
+def test_without_fusing_or_without_triton_attention_goes_group_by_group(kernel, monkeypatch):
+    anatomy = anatomy_of(zoo.tiny_model("llama"))
+    with fused(anatomy, fuse=False):
+        ENGINES["wavefront"](anatomy, job_of(anatomy), lambda: None)
+    monkeypatch.setattr(ops, "find_spec", lambda _: None)
+    with fused(anatomy):
+        ENGINES["wavefront"](anatomy, job_of(anatomy), lambda: None)
+    assert kernel == []
+
+
+def test_what_the_kernel_does_not_know_goes_group_by_group(kernel, monkeypatch):
+    from fasttrace import kernel_attention
+
+    monkeypatch.setattr(kernel_attention, "UNDERSTOOD", frozenset())
+    anatomy = anatomy_of(zoo.tiny_model("llama"))
+    job = job_of(anatomy)
+    expected = reference.run(anatomy, job, lambda: None, rows=1000)
+    with fused(anatomy):
+        scores = ENGINES["wavefront"](anatomy, job, lambda: None)
+    assert kernel == [False] * anatomy.n_layers
+    np.testing.assert_allclose(scores.cells, expected.cells, rtol=1e-4)
+
+
+def test_blocks_without_births_share_a_layout(kernel):
+    anatomy = anatomy_of(zoo.tiny_model("llama"))
+    cells = (grid_cells("attention_output", 1, anatomy.n_layers, 9)[5],)
+    job = job_of(anatomy)
+    job = Job(job.token_ids, job.corruption, cells, None)
+    state = KernelState(9, job.plan(anatomy.n_layers, "suffix").blocks)
+    states = torch.zeros(1, 4, state.blocks[-1].n_tokens, 8)
+    layouts = []
+    for state.number in range(anatomy.n_layers):
+        q = states[0, :, : state.blocks[state.number].n_tokens].transpose(0, 1)
+        layouts.append(state._layout(q, q, q))
+    assert layouts[-1] is layouts[-2]
+    assert len(state.layouts) < anatomy.n_layers
+
+
+def band(n, window):
+    ones = torch.ones(n, n, dtype=torch.bool)
+    return (ones.tril() & ones.triu(1 - window))[None, None]
+
+
+@pytest.mark.parametrize(
+    ("mask", "window"),
+    [
+        (band(6, 6), None),
+        (band(6, 3), 3),
+        (band(6, 1), 1),
+        (band(1, 1), None),
+        (torch.where(band(6, 3), 0.0, torch.finfo(torch.float32).min), 3),
+        (torch.ones(1, 1, 6, 6, dtype=torch.bool), 0),
+        (band(6, 6) & (torch.arange(6) != 2), 0),
+        (band(6, 6).expand(1, 4, 6, 6), 0),
+        (band(6, 6)[:, :, 2:], 0),
+        (None, 0),
+    ],
+    ids=["causal", "window", "itself", "one token", "added", "all", "a hole", "by head", "not square", "none"],
+)
+def test_a_mask_is_read_as_a_window_only_if_it_is_one(mask, window):
+    assert window_of_mask(mask) == window
