@@ -182,7 +182,7 @@ def _launch(
         with torch.cuda.device(q.device):
             kernel[(grid,)](**arguments)
     elif triton.knobs.runtime.interpret:
-        arguments.pop("num_warps"), arguments.pop("num_stages")
+        del arguments["num_warps"], arguments["num_stages"]
         kernel[(grid,)](**arguments)
     else:
         raise RuntimeError(f"the Triton kernel runs on CUDA tensors, these are on {q.device}; pass backend='torch'")

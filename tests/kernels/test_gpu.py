@@ -1,6 +1,6 @@
 """The attention kernel on a real GPU, against float64 and against torch's FlashAttention; skipped where there is none.
 
-They need torch, triton and pytest, nothing else: `python -m pytest --confcutdir=tests/kernels tests/kernels/test_gpu*.py`.
+They need torch, triton and pytest: `python -m pytest --confcutdir=tests/kernels tests/kernels/test_gpu*.py`.
 """
 
 import pytest
