@@ -9,19 +9,22 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 import fasttrace
 
 # Instruction sets that decide how fast a matmul can be.
 ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
-PACKAGES = ("torch", "transformers", "pyvene", "triton")
+PACKAGES = ("torch", "transformers", "triton", "accelerate", "numpy", "pyvene", "transformer-lens", "nnsight")
 
 
 def card(device: str = "cpu") -> dict[str, Any]:
     """The machine, the versions of what runs, and the commit."""
     return {
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else cpu_name(),
+        "gpu": _gpu(device),
+        "memory_gb": round(_memory_bytes(device) / 1e9, 1),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "isa": [flag for flag in ISA_FLAGS if flag in _cpu_flags()],
@@ -32,8 +35,11 @@ def card(device: str = "cpu") -> dict[str, Any]:
 
 
 def print_card(about: dict[str, Any]) -> None:
-    """The card, in four lines."""
-    print(f"device: {about['device']}, {about['cores']} cores, {about['threads']} threads")
+    """The card, in a few lines."""
+    memory = f"{about['memory_gb']:.0f} GB"
+    print(f"device: {about['device']}, {memory}, {about['cores']} cores, {about['threads']} threads")
+    for name, value in about["gpu"].items():
+        print(f"{name}: {value}")
     print(f"isa: {' '.join(about['isa']) or 'unknown'}")
     print("versions:", " ".join(f"{name}={found}" for name, found in about["versions"].items()))
     print(f"commit: {about['commit']}")
@@ -50,13 +56,35 @@ def cpu_name() -> str:
     return names[0].strip() if names else platform.machine()
 
 
+def _gpu(device: str) -> dict[str, Any]:
+    """What times on a GPU depend on; empty for a CPU."""
+    if torch.device(device).type != "cuda":
+        return {}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "compute capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "cuda": torch.version.cuda,
+        "float32 matmuls": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "float32",
+    }
+
+
+def _memory_bytes(device: str) -> int:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
+
+
 def commit() -> str:
-    """The short commit, with `-dirty` if tracked files differ from it; `unknown` outside of git."""
+    """The short commit, with `-dirty` if tracked files differ from it.
+
+    Outside of git it is BENCH_COMMIT from the environment, or `unknown`.
+    """
     try:
         found = _git("rev-parse", "--short=10", "HEAD")
         return f"{found}-dirty" if _git("status", "--porcelain", "--untracked-files=no") else found
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("BENCH_COMMIT", "unknown")
 
 
 def _git(*arguments: str) -> str:

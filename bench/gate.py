@@ -5,9 +5,10 @@ on the model's modules. It shares nothing with the engines: no plan, no pack, no
 restored for `mlp_activation` is the MLP's output: the same thing, since the down projection acts per token.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bench.cases import STREAMS, Case, Cell, Workload
+from bench.cases import STREAMS, Case, Cell, Workload, free_bytes, weight_bytes
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 """Largest relative difference of a probability. In half precision a matmul's shape changes its rounding."""
+
+FLOOR = {torch.float16: 5e-3, torch.bfloat16: 3e-2}
+"""In half precision an engine may be this far from float32, or ROOM times as far as plain passes are."""
+
+ROOM = 3
+
+HALF_COPIES = 3
+"""Free memory that the comparison with float32 needs, in sizes of the model in half precision."""
 
 Edit = Callable[[Tensor], Tensor]
 
@@ -151,9 +160,52 @@ def agree(result: Any, workload: Workload, count: int = 12) -> float:
     Raises:
         DisagreementError: it is above the tolerance of the workload's dtype, or the grids do not vary at all.
     """
-    plain, cells = Plain(workload), spread_cells(workload.case, count)
-    expected = [*plain.base(), *(plain.cell(cell) for cell in cells)]
-    found = [result.clean_prob, result.corrupted_prob, *grid_values(result, cells)]
+    cells = spread_cells(workload.case, count)
+    expected = _values(workload, cells)
     if len(set(expected)) < len(cells) // 2:
         raise DisagreementError(f"{workload.case.name}: the cells are all alike, agreement would prove nothing")
-    return check(workload.case.name, relative_difference(found, expected), TOLERANCE[workload.case.dtype])
+    difference = relative_difference(_found(result, cells), expected)
+    return check(workload.case.name, difference, TOLERANCE[workload.case.dtype])
+
+
+@dataclass(frozen=True)
+class HalfError:
+    """Largest relative differences from the same model in float32: an engine's, and those of plain passes.
+
+    Attributes:
+        engine: of the grids that were traced in half precision.
+        plain: of plain passes in half precision; no engine can do much better.
+    """
+
+    engine: float
+    plain: float
+
+
+def half_error(result: Any, workload: Workload, count: int = 12) -> HalfError | None:
+    """Compare a trace in half precision with float32.
+
+    Returns:
+        None for a model that is not in half precision, or that does not fit in float32 beside itself.
+
+    Raises:
+        DisagreementError: the engine is much further off than plain passes in the same dtype.
+    """
+    case = workload.case
+    if case.dtype not in FLOOR or free_bytes(workload.device) < HALF_COPIES * weight_bytes(workload.model):
+        return None
+    cells = spread_cells(case, count)
+    exact = replace(workload, case=replace(case, dtype=torch.float32), model=deepcopy(workload.model).float())
+    truth = _values(exact, cells)
+    plain = relative_difference(_values(workload, cells), truth)
+    engine = relative_difference(_found(result, cells), truth)
+    check(f"{case.name} in {case.dtype_name} and in float32", engine, FLOOR[case.dtype] + ROOM * plain)
+    return HalfError(engine, plain)
+
+
+def _values(workload: Workload, cells: Sequence[Cell]) -> list[float]:
+    plain = Plain(workload)
+    return [*plain.base(), *(plain.cell(cell) for cell in cells)]
+
+
+def _found(result: Any, cells: Sequence[Cell]) -> list[float]:
+    return [result.clean_prob, result.corrupted_prob, *grid_values(result, cells)]

@@ -1,157 +1,36 @@
 """fasttrace's own numbers on this machine: what it costs, how fast it is, and how far from the ceiling.
 
-    python -m bench.run --cases gpt2-12,gpt2-xl
+    python -m bench.run --cases gpt2-12,gpt2-xl --profile
 
-Every case passes the gate before it is timed, and its matmul ceiling is measured right before its time. The
-last line is JSON, and the same goes to a file under bench/results.
+The matmul ceilings come first, one per dtype. Every case passes the gate before it is timed, and a matmul runs before
+and after each of its rounds. A case whose grids are wrong, or that does not fit, is told and left out; the exit code is
+then 1. The last line is JSON, and the same goes to a file under bench/results.
 """
 
 import argparse
+import gc
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from functools import partial
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from statistics import median
-from typing import Any
 
-import fasttrace
-from bench.card import card, print_card, slug
-from bench.cases import CASES, STREAMS, WINDOW, Case, Workload, build
-from bench.gate import agree
-from bench.split import time_split
-from bench.timing import (
-    Ceiling,
-    Run,
-    Section,
-    Timing,
-    copy_bandwidth,
-    matmul_ceiling,
-    measure,
-    seconds_of,
-    sustained_rate,
-)
+import torch
+
+from bench.card import card, print_card
+from bench.cases import CASES, DTYPES, STREAMS, WINDOW, Case
+from bench.gate import DisagreementError
+from bench.measured import Options, measure_case, print_measured
+from bench.report import new_report, path_of, write
+from bench.timing import Ceiling, Timing, copy_bandwidth, default_device, matmul_ceiling, measure
 from fasttrace.cells import grid_cells, windows_of
 from fasttrace.edits import Shape
 from fasttrace.plan import plan_cells
 
-DEFAULT_CASES = ("gpt2-12", "gpt2-12-n10", "smollm2", "gpt2-xl", "gpt2-xl-bf16")
-QUICK_CASES = ("tiny-gpt2", "tiny-llama", "gpt2-12")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One case's numbers.
-
-    Attributes:
-        gate: largest relative difference from plain passes.
-        saving: token-blocks of one full row per cell over those computed.
-        gflops: 1e9 floating-point operations of all matmuls per second, at the median.
-        share: that over the ceiling's rate.
-        ceiling: the fastest single matmul call of the same dtype, measured right before.
-        sustained: that matmul's rate when kept up for a second and a half, median over the gaps between rounds.
-        sustained_share: median over rounds of the round's rate over the mean of the two gaps beside it.
-        peak_bytes: peak memory of the timed calls, weights included.
-        peak_exact: whether the peak is that of the timed calls alone, not of all the process did before.
-        others: share of the machine's CPU time that other processes took meanwhile.
-    """
-
-    case: str
-    dtype: str
-    engine: str
-    gate: float
-    timing: Timing
-    cells_per_second: float
-    rows: int
-    token_blocks: float
-    saving: float
-    gflops: float
-    share: float
-    ceiling: Ceiling
-    sustained: float
-    sustained_share: float
-    peak_bytes: int
-    peak_exact: bool
-    others: float
-    split: dict[str, float]
-
-
-def measure_case(case: Case, options: argparse.Namespace) -> Measured:
-    """Build, gate, time, and profile if asked to."""
-    workload = build(case, options.device)
-    tracer = fasttrace.Tracer(workload.model)
-    trace = partial(tracer.trace, workload.prompt, engine=options.engine, **workload.trace_options())
-    result = trace()
-    difference = agree(result, workload)
-    ceiling = matmul_ceiling(case.dtype, options.device)
-    seconds, gaps = [], [sustained_rate(ceiling, case.dtype, options.device)]
-    with Section(options.device) as section:
-        for _ in range(options.rounds):  # the gate's call warmed up
-            seconds.append(seconds_of(trace, options.device))
-            gaps.append(sustained_rate(ceiling, case.dtype, options.device))
-    split = _split(trace, workload, options) if options.profile else {}
-    return _measured(workload, result.cost, seconds, gaps, difference, ceiling, options.engine, section, split)
-
-
-def _measured(
-    workload: Workload,
-    cost: Any,
-    seconds: list[float],
-    gaps: list[float],
-    difference: float,
-    ceiling: Ceiling,
-    engine: str,
-    section: Section,
-    split: dict[str, float],
-) -> Measured:
-    case, timing = workload.case, Timing.of(seconds)
-    gflops = 1e-9 * cost.flops / timing.p50
-    shares = [
-        2e-9 * cost.flops / s / (before + after) for s, before, after in zip(seconds, gaps[:-1], gaps[1:], strict=True)
-    ]
-    return Measured(
-        case=case.name,
-        dtype=case.dtype_name,
-        engine=engine,
-        gate=difference,
-        timing=timing,
-        cells_per_second=len(case.cells()) / timing.p50,
-        rows=cost.rows,
-        token_blocks=cost.token_blocks,
-        saving=cost.full_token_blocks / cost.token_blocks,
-        gflops=gflops,
-        share=gflops / ceiling.gflops,
-        ceiling=ceiling,
-        sustained=median(gaps),
-        sustained_share=median(shares),
-        peak_bytes=section.peak,
-        peak_exact=section.exact,
-        others=section.others,
-        split=split,
-    )
-
-
-def _split(trace: Run, workload: Workload, options: argparse.Namespace) -> dict[str, float]:
-    return time_split(trace, workload.model.config.vocab_size, options.device)
-
-
-def print_case(case: Case, m: Measured) -> None:
-    """One case's numbers, for people."""
-    bound = "" if m.peak_exact else " (of the whole process)"
-    print(f"\n{case.summary()}, engine {m.engine}")
-    print(f"  gate           {m.gate:.1e} relative")
-    print(f"  time           {m.timing} over {m.timing.rounds} rounds, {m.cells_per_second:.0f} cells/s")
-    print(f"  work           {m.rows} rows, {m.token_blocks:.0f} token-blocks, saving {m.saving:.2f}x")
-    print(f"  speed          {m.gflops:.1f} GFLOP/s")
-    print(f"  of peak        {m.sustained_share:.2f} of that matmul kept up between rounds ({m.sustained:.0f} GFLOP/s)")
-    print(f"  of one call    {m.share:.2f} of the fastest single matmul call")
-    print(f"  fastest call   {m.ceiling}")
-    print(f"  peak memory    {m.peak_bytes / 1e9:.2f} GB{bound}")
-    print(f"  other load     {m.others:.0%} of the machine")
-    total = sum(m.split.values())
-    for kind, seconds in m.split.items():
-        print(f"  {kind:<14} {seconds:.3f} s  {seconds / total:.0%}")
+CPU_CASES = ("gpt2-12", "gpt2-12-n10", "gpt2-12-t25", "gpt2-12-mixed32", "smollm2", "llama3-8b", "gpt2-xl")
+GPU_CASES = (*CPU_CASES, "gpt2-12-t200", "gpt2-xl-n10", "gpt2-xl-t25")
+QUICK_CASES = ("tiny-gpt2", "tiny-llama", "tiny-mixed3", "gpt2-12")
+REFUSED = (DisagreementError, MemoryError, torch.OutOfMemoryError)
 
 
 def measure_planner(rounds: int = 11) -> dict[str, Timing]:
@@ -177,57 +56,91 @@ def print_planner(planner: dict[str, Timing]) -> None:
         print(f"planner: 48 x 7 x 3 streams, {name}: {p50:.2f} ms [{p20:.2f}-{p80:.2f}]")
 
 
-def write_results(report: dict[str, Any], folder: Path) -> Path:
-    """Write the report to <folder>/<device>/<date and time>-<commit>.json."""
-    about = report["card"]
-    path = folder / slug(about) / f"{report['date'][:16].replace(':', '')}-{about['commit']}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    return path
+def measure_ceilings(cases: Sequence[Case], device: str) -> dict[torch.dtype, Ceiling]:
+    """The fastest matmul of every dtype that the cases have."""
+    return {dtype: matmul_ceiling(dtype, device) for dtype in dict.fromkeys(case.dtype for case in cases)}
+
+
+def chosen_cases(names: Sequence[str], dtypes: Sequence[str | None]) -> Iterator[Case]:
+    """Cases by name, in each of the dtypes; `name:dtype` is in that one.
+
+    Raises:
+        KeyError: an unknown name or dtype.
+    """
+    for name in names:
+        name, _, own = name.partition(":")
+        for dtype in [own] if own else dtypes:
+            yield CASES[name].with_dtype(dtype)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser("python -m bench.run", description="What a trace costs on this machine.")
-    parser.add_argument("--cases", help=f"some of {','.join(CASES)}; default {','.join(DEFAULT_CASES)}")
+    known = ",".join(CASES)
+    parser.add_argument("--cases", help=f"some of {known}; default {','.join(CPU_CASES)}, more on a GPU; case:dtype")
+    parser.add_argument("--dtypes", help=f"some of {','.join(DTYPES)}; default: a case's own, half precision on a GPU")
     parser.add_argument("--quick", action="store_true", help=f"only {','.join(QUICK_CASES)}, three rounds")
-    parser.add_argument("--rounds", type=int, help="timed calls per case; default 5")
+    parser.add_argument("--rounds", type=int, help="timed calls per case, at most; default 5")
+    parser.add_argument("--seconds", type=float, default=120.0, help="no further round of a case begins after these")
     parser.add_argument("--engine", default="wavefront")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--no-fuse", action="store_true", help="without fused operations and kernels")
+    parser.add_argument("--device", default=default_device(), help="default: %(default)s")
     parser.add_argument("--profile", action="store_true", help="also split the time by kind of operation")
-    parser.add_argument("--json-dir", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, help="file for the report; default: one under bench/results")
     options = parser.parse_args(arguments)
+    on_gpu = torch.device(options.device).type == "cuda"
     options.rounds = options.rounds or (3 if options.quick else 5)
-    default = QUICK_CASES if options.quick else DEFAULT_CASES
-    options.cases = options.cases.split(",") if options.cases else default
-    if unknown := [name for name in options.cases if name not in CASES]:
-        parser.error(f"unknown case {unknown[0]!r}; choose from {', '.join(CASES)}")
+    default = QUICK_CASES if options.quick else GPU_CASES if on_gpu else CPU_CASES
+    names = options.cases.split(",") if options.cases else default
+    dtypes = options.dtypes.split(",") if options.dtypes else ["float16", "bfloat16"] if on_gpu else [None]
+    try:
+        options.cases = list(chosen_cases(names, dtypes))
+    except KeyError as unknown:
+        parser.error(f"unknown case or dtype {unknown}; choose from {known} and {', '.join(DTYPES)}")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print; the last line is JSON."""
     options = parse(arguments)
-    cases = [CASES[name] for name in options.cases]
-    about = card(options.device)
-    print_card(about)
+    cases: list[Case] = options.cases
+    report = new_report("run", card(options.device))
+    print_card(report["card"])
     bandwidth = copy_bandwidth(options.device)
     print(f"copy: {bandwidth:.1f} GB/s, read and written")
+    ceilings = measure_ceilings(cases, options.device)
+    for dtype, ceiling in ceilings.items():
+        print(f"matmul in {str(dtype).removeprefix('torch.')}: {ceiling}")
     planner = measure_planner()
     print_planner(planner)
-    measured = []
-    for case in cases:
-        measured.append(measure_case(case, options))
-        print_case(case, measured[-1])
-    report = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "card": about,
+    report |= {
         "copy_gb_per_second": bandwidth,
+        "matmul": {str(dtype).removeprefix("torch."): asdict(ceiling) for dtype, ceiling in ceilings.items()},
         "planner_seconds": {name: asdict(timing) for name, timing in planner.items()},
-        "cases": [asdict(m) for m in measured],
+        "cases": [],
+        "refused": [],
     }
-    write_results(report, options.json_dir)
+    how = Options(options.device, options.engine, not options.no_fuse, options.rounds, options.seconds, options.profile)
+    path = options.out or path_of(report)
+    for case in cases:
+        try:
+            measured = measure_case(case, ceilings[case.dtype], how)
+        except REFUSED as refused:
+            print(f"\n{case.summary()}\n  refused        {refused}", flush=True)
+            report["refused"].append({"case": case.name, "dtype": case.dtype_name, "why": str(refused)})
+        else:
+            print_measured(measured)
+            report["cases"].append(asdict(measured))
+        write(report, path)  # after each case: a run that is cut short keeps what it has
+        _free_memory()
     print(json.dumps(report))
+    sys.exit(bool(report["refused"]))
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

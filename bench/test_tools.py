@@ -124,7 +124,7 @@ def test_weights_are_the_same_each_time_and_tied():
 def test_an_unknown_case_is_named(capsys):
     with pytest.raises(SystemExit):
         run.parse(["--cases", "gpt5"])
-    assert "unknown case 'gpt5'" in capsys.readouterr().err
+    assert "unknown case or dtype 'gpt5'" in capsys.readouterr().err
 
 
 def test_a_device_is_a_plain_folder_name():

@@ -5,7 +5,7 @@ A run is any function without arguments. Times are wall seconds: perf_counter on
 
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,11 @@ Run = Callable[[], object]
 CPU_SHAPES = ((2048, 1600, 6400), (2048, 6400, 1600), (2048, 768, 3072), (2048, 4096, 4096))
 CUDA_SHAPES = ((16384, 1600, 6400), (16384, 6400, 1600), (8192, 8192, 8192))
 SECONDS_PER_MATMUL = 0.5
-SUSTAINED_SECONDS = 1.5
+SECONDS_PER_CALL = 1.0
+PROBE = (128, 1024, 1024)
+"""A matmul that tells whether the shapes above take too long in a dtype; fewer tokens are taken then."""
+
+SUSTAINED_SECONDS = {"cpu": 1.5, "cuda": 0.2}
 COPY_ELEMENTS = 64 * 2**20
 
 
@@ -87,6 +91,11 @@ def measure(run: Run, rounds: int = 5, warmup: int = 1, device: torch.device | s
     for _ in range(warmup):
         run()
     return Timing.of([seconds_of(run, device) for _ in range(rounds)])
+
+
+def default_device() -> str:
+    """The first GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def interleave(runs: Mapping[str, Run], rounds: int, device: torch.device | str = "cpu") -> dict[str, list[float]]:
@@ -166,15 +175,21 @@ def _peak_rss() -> int:
 
 def matmul_ceiling(dtype: torch.dtype, device: torch.device | str = "cpu") -> Ceiling:
     """The fastest of torch's matmul paths over a few shapes that a trace meets, measured in some seconds."""
-    shapes = CUDA_SHAPES if torch.device(device).type == "cuda" else CPU_SHAPES
+    shapes = CUDA_SHAPES if torch.device(device).type == "cuda" else _affordable(CPU_SHAPES, dtype)
     rates = {(path, shape): rate for shape in shapes for path, rate in _rates(shape, dtype, device).items()}
     path, shape = max(rates, key=lambda key: rates[key])
     paths = {name: max(rate for (other, _), rate in rates.items() if other == name) for name, _ in rates}
     return Ceiling(rates[path, shape], path, shape, paths)
 
 
+def _affordable(shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> list[tuple[int, int, int]]:
+    """The shapes with so few tokens that a call takes SECONDS_PER_CALL at most, or little more."""
+    allowed = 1e9 * SECONDS_PER_CALL * max(_rates(PROBE, dtype, "cpu").values())
+    return [(max(PROBE[0], min(m, int(allowed / (2 * k * n)))), k, n) for m, k, n in shapes]
+
+
 def sustained_rate(ceiling: Ceiling, dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
-    """The rate of the ceiling's matmul kept up for SUSTAINED_SECONDS, in 1e9 operations per second.
+    """The rate of the ceiling's matmul kept up for SUSTAINED_SECONDS of the device, in 1e9 operations per second.
 
     Shared and virtual machines change speed from minute to minute: run beside each round of a benchmark, it says
     how fast the machine was then.
@@ -184,7 +199,7 @@ def sustained_rate(ceiling: Ceiling, dtype: torch.dtype, device: torch.device | 
     run = _matmuls(x, torch.randn(outputs, inputs, dtype=dtype, device=device))[ceiling.path]
     run()
     seconds = [seconds_of(run, device)]
-    while sum(seconds) < SUSTAINED_SECONDS:
+    while sum(seconds) < SUSTAINED_SECONDS[torch.device(device).type]:
         seconds.append(seconds_of(run, device))
     return 2e-9 * tokens * inputs * outputs * len(seconds) / sum(seconds)
 

@@ -1,0 +1,111 @@
+"""TransformerLens (4.3): `get_act_patch_resid_pre`, `_mlp_out` and `_attn_out`, one forward pass per cell.
+
+Its work is another one than the case's: single blocks, not windows; a subject of other tokens, not noise; and the
+input of a block where the case has its output. fasttrace is asked for the very same: `block_input` in place of
+`block_output`, window 1, and as noise the difference of the two subjects' embeddings.
+
+A bridge switches the model that it is given to eager attention and is made from a deep copy. It installs with `pip
+install --no-deps transformer-lens==4.3.0` and then beartype, datasets, fancy-einsum, jaxtyping, typeguard<5.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from copy import deepcopy
+from io import StringIO
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from bench.cases import STREAMS, Cell, Workload
+from bench.jobs import Runner
+from bench.others import MissingError, Peer
+from bench.others.vocabulary import number_tokenizer
+from fasttrace.corruption import Corruption
+
+SITES = {"block_output": "block_input"}
+"""Where fasttrace restores for a stream of the case."""
+
+
+class Lens(Peer):
+    """A TransformerBridge on a copy of the model; its cache of the clean run is made before anything is timed."""
+
+    work = "block inputs, window 1, replaced tokens"
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload)
+        self.patching, self.bridge = _import_patching(), _bridge(workload)
+        self.clean = torch.tensor([workload.prompt], device=workload.device)
+        self.corrupted = _with_other_subject(workload).to(workload.device)
+        with torch.no_grad():
+            _, self.cache = self.bridge.run_with_cache(self.clean)
+
+    @torch.no_grad()
+    def probs(self, cells: Sequence[Cell]) -> list[float]:
+        """The cells, stream by stream."""
+        found: dict[Cell, float] = {}
+        for stream in dict.fromkeys(cell.stream for cell in cells):
+            wanted = [cell for cell in cells if cell.stream == stream]
+            found |= zip(wanted, self._grid(stream, wanted), strict=True)
+        return [found[cell] for cell in cells]
+
+    def _grid(self, stream: str, cells: Sequence[Cell]) -> list[float]:
+        patching = self.patching
+        sweep = {
+            "block_output": patching.get_act_patch_resid_pre,
+            "mlp_activation": patching.get_act_patch_mlp_out,
+            "attention_output": patching.get_act_patch_attn_out,
+        }[stream]
+        places = pd.DataFrame([(cell.layer, cell.position) for cell in cells], columns=["layer", "pos"])
+        with redirect_stderr(StringIO()):  # progress bars
+            found = sweep(self.bridge, self.corrupted, self.cache, self._prob, index_axis_names=None, index_df=places)
+        return found.tolist()
+
+    def _prob(self, logits: Tensor) -> Tensor:
+        return logits[0, -1].float().softmax(-1)[self.workload.target]
+
+    def same_work(self) -> Callable[[], list[float]]:
+        """Fasttrace's grids of the same sites, window and corruption."""
+        runner = Runner(self.workload)
+        cells = runner.cells([SITES.get(stream, stream) for stream in STREAMS], window=1)
+        job = runner.job(cells, self._corruption())
+        return lambda: runner.run(job)[0].cells.mean(1).tolist()
+
+    @torch.no_grad()
+    def _corruption(self) -> Corruption:
+        begin, end = self.workload.case.subject
+        embedding = self.workload.model.get_input_embeddings()
+        clean, corrupted = (embedding(ids).double().cpu() for ids in (self.clean, self.corrupted))
+        noise = (corrupted - clean)[:, begin:end]
+        return Corruption((begin, end), float(noise.std()), 0, noise)
+
+
+def _with_other_subject(workload: Workload) -> Tensor:
+    """The prompt [1, token] with each token of the subject replaced by another."""
+    vocabulary = workload.model.config.vocab_size
+    prompt = torch.tensor([workload.prompt])
+    subject = prompt[:, slice(*workload.case.subject)]
+    subject.add_(vocabulary // 2).remainder_(vocabulary)
+    return prompt
+
+
+def _import_patching() -> Any:
+    try:
+        from transformer_lens import patching
+    except ImportError as missing:
+        raise MissingError(f"{missing}; see bench/others/lens.py") from missing
+    return patching
+
+
+def _bridge(workload: Workload) -> Any:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    model: Any = deepcopy(workload.model)
+    with TemporaryDirectory() as folder:
+        number_tokenizer(model.config.vocab_size).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        place = {"device": str(workload.device), "dtype": workload.case.dtype}
+        return TransformerBridge.boot_transformers(folder, hf_model=model, tokenizer=tokenizer, **place)
