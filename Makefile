@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+COMPILED := $(wildcard tests/kernels/compile_*.py)
 
-.PHONY: help demo test check format kernels kernels-interpreted kernels-compiled families bench bench-peers clean
+.PHONY: help demo test check format kernels kernels-interpreted families bench bench-peers clean
 .DELETE_ON_ERROR:
 
 help:
@@ -34,15 +35,15 @@ format: $(VENV)/.with-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The interpreter is chosen when triton is imported, so the two cannot share a process; they can share the machine.
+# The interpreter is chosen when triton is imported, so interpreting and compiling are processes of their own.
 kernels: $(VENV)/.with-kernels
-	$(MAKE) --no-print-directory --output-sync=target -j2 kernels-interpreted kernels-compiled
+	$(MAKE) --no-print-directory --output-sync=target -j2 $(patsubst tests/kernels/%.py,kernels-%,$(COMPILED)) kernels-interpreted
 
 kernels-interpreted: $(VENV)/.with-kernels
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q --confcutdir=tests/kernels tests/kernels/interpreter_*.py $(ARGS)
 
-kernels-compiled: $(VENV)/.with-kernels
-	$(BIN)/python -m pytest -q -s --confcutdir=tests/kernels tests/kernels/compile_*.py $(ARGS)
+kernels-compile_%: tests/kernels/compile_%.py $(VENV)/.with-kernels
+	$(BIN)/python -m pytest -q -s --confcutdir=tests/kernels $< $(ARGS)
 
 families: $(VENV)/.with-test
 	$(BIN)/python -m bench.families --out docs/families.md $(ARGS)

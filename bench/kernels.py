@@ -11,12 +11,13 @@ no Triton, and the smallest sizes serve to check this module. The last line is J
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from fasttrace_kernels.launch import Backend
 from torch import Tensor
 
 from bench.card import card, print_card
@@ -86,7 +87,7 @@ class Task:
 
     name: str
     size: str
-    runs: dict[str, Callable[[], Tensor]]
+    runs: Mapping[str, Callable[[], Tensor]]
     error: Callable[[Tensor], float]
     moved: int
     flops: int
@@ -115,7 +116,7 @@ class Timed:
 
 def tasks(dtype: torch.dtype, device: str, quick: bool) -> Iterator[Task]:
     """All operations; the backends are those that the device has."""
-    backends = ("triton", "torch") if torch.device(device).type == "cuda" else ("torch",)
+    backends: Sequence[Backend] = ("triton", "torch") if torch.device(device).type == "cuda" else ("torch",)
     make = partial(random, dtype=dtype, device=device)
     for pack in (TINY,) if quick else PACKS:
         yield attention(pack, make, backends)
@@ -134,7 +135,7 @@ def random(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
     return torch.randn(shape, dtype=dtype, device=device)
 
 
-def attention(pack: Attention, make: Callable[..., Tensor], backends: Sequence[str]) -> Task:
+def attention(pack: Attention, make: Callable[..., Tensor], backends: Sequence[Backend]) -> Task:
     """Attention over the largest pack of a trace, in one call."""
     from fasttrace_kernels import reference
     from fasttrace_kernels.suffix_attention import suffix_attention, tile_tokens
@@ -170,7 +171,7 @@ def attention(pack: Attention, make: Callable[..., Tensor], backends: Sequence[s
     )
 
 
-def norm(tokens: int, d_model: int, make: Callable[..., Tensor], backends: Sequence[str]) -> Task:
+def norm(tokens: int, d_model: int, make: Callable[..., Tensor], backends: Sequence[Backend]) -> Task:
     """RMS norm."""
     from fasttrace_kernels import reference
     from fasttrace_kernels.rms_norm import rms_norm
@@ -181,7 +182,7 @@ def norm(tokens: int, d_model: int, make: Callable[..., Tensor], backends: Seque
     return _tokenwise("rms_norm", f"{tokens} x {d_model}", runs, truth, 2 * x.nbytes, 4 * x.numel())
 
 
-def gated(tokens: int, width: int, make: Callable[..., Tensor], backends: Sequence[str]) -> Task:
+def gated(tokens: int, width: int, make: Callable[..., Tensor], backends: Sequence[Backend]) -> Task:
     """Activation of the gate times up."""
     from fasttrace_kernels import reference
     from fasttrace_kernels.swiglu import swiglu
@@ -192,7 +193,7 @@ def gated(tokens: int, width: int, make: Callable[..., Tensor], backends: Sequen
     return _tokenwise("swiglu", f"{tokens} x {width}", runs, truth, 3 * gate.nbytes, 5 * gate.numel())
 
 
-def rotation(tokens: int, heads: Heads, make: Callable[..., Tensor], backends: Sequence[str]) -> Task:
+def rotation(tokens: int, heads: Heads, make: Callable[..., Tensor], backends: Sequence[Backend]) -> Task:
     """Rotary embedding of queries and keys."""
     from fasttrace_kernels import reference
     from fasttrace_kernels.rotary import rotary
@@ -207,11 +208,11 @@ def rotation(tokens: int, heads: Heads, make: Callable[..., Tensor], backends: S
     return Task("rotary", size, runs, error, 2 * fused.nbytes + 2 * cos.nbytes, 3 * fused.numel())
 
 
-def _rotated_queries(rotary: Callable, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backend: str) -> Tensor:
+def _rotated_queries(rotary: Callable, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backend: Backend) -> Tensor:
     return rotary(q, k, cos, sin, backend=backend)[0]
 
 
-def readout(rows: int, d_model: int, vocabulary: int, make: Callable[..., Tensor], backends: Sequence[str]) -> Task:
+def readout(rows: int, d_model: int, vocabulary: int, make: Callable[..., Tensor], backends: Sequence[Backend]) -> Task:
     """Log-probabilities of one target."""
     from fasttrace_kernels import reference
     from fasttrace_kernels.target_logprob import target_logprob
@@ -232,7 +233,7 @@ def growth(tokens: int, d_model: int, make: Callable[..., Tensor]) -> Task:
 
 
 def _tokenwise(
-    name: str, size: str, runs: dict[str, Callable[[], Tensor]], truth: Tensor, moved: int, flops: int
+    name: str, size: str, runs: Mapping[str, Callable[[], Tensor]], truth: Tensor, moved: int, flops: int
 ) -> Task:
     """A task whose truth is of the first rows."""
     return Task(name, size, runs, lambda out: relative_error(out[:SAMPLE], truth), moved, flops)
@@ -297,8 +298,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Check, measure, print; the last line is JSON. The exit code is 1 if anything was wrong."""
     options = parse(arguments)
-    report = new_report("kernels", card(options.device)) | {"kernels": [], "problems": []}
-    print_card(report["card"])
+    about = card(options.device)
+    report = new_report("kernels", about) | {"kernels": [], "problems": []}
+    print_card(about)
     bandwidth = copy_bandwidth(options.device)
     print(f"copy: {bandwidth:.1f} GB/s, read and written")
     for name in options.dtypes.split(","):
