@@ -152,7 +152,7 @@ def attention(pack: Attention, make: Callable[..., Tensor], backends: Sequence[B
     projected = make(block.n_tokens, sum(sizes)).split(sizes, dim=1)  # with the strides that models give them
     q, k, v = (x.unflatten(1, (-1, heads.d_head)) for x in projected)
     tile = tile_tokens(q.dtype, heads.d_head, heads.query // heads.kv, pack.n_positions)
-    layout = layout_of(block, pack.n_positions, tile).to(q.device)
+    layout = layout_of(block, tile).to(q.device)
     _, length, first, _ = layout.rows
     pairs = int((length * first + length * (length + 1) // 2).sum())
     few = replace(layout, rows=layout.rows[:, :: max(1, layout.rows.shape[1] // SAMPLE)])

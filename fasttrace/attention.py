@@ -10,7 +10,7 @@ Older model code has no interface but a method `_attn(query, key, value, mask)`;
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -40,16 +40,26 @@ NAME = "fasttrace_ragged"
 class GroupOnDevice:
     """`plan.Group` with its base rows as an index tensor on a device."""
 
+    n_positions: int
     first: int
     start: int
     tile_rows: int
     n_tiles: int
     base: Tensor
 
+    @property
+    def length(self) -> int:
+        """Tokens of a tile."""
+        return self.tile_rows * (self.n_positions - self.first)
+
+    def of_mask(self, mask: Tensor) -> Tensor:
+        """[batch, 1 or head, position, position] of the longest prompt -> [1, ..., query, position] of a row."""
+        return mask[:1, :, self.first : self.n_positions, : self.n_positions]
+
     def by_row(self) -> "GroupOnDevice":
         """The same rows, one to a tile."""
         base = self.base.repeat_interleave(self.tile_rows)
-        return GroupOnDevice(self.first, self.start, 1, self.n_tiles * self.tile_rows, base)
+        return GroupOnDevice(self.n_positions, self.first, self.start, 1, self.n_tiles * self.tile_rows, base)
 
 
 @dataclass
@@ -57,8 +67,8 @@ class PackState:
     """What attention has to know; one lives for one forward pass.
 
     Attributes:
-        n_base: base rows in the pack.
-        n_positions: tokens of a base row.
+        base_rows: tokens of a prompt -> base rows that are as long.
+        n_positions: tokens of the longest prompt.
         implementation: the model's own attention implementation, "eager" or "sdpa".
         groups: of the block being computed; the engine sets it.
         calls: attention calls so far; the engine checks that every block made one.
@@ -66,19 +76,29 @@ class PackState:
         kernel: where attention may be one launch a block; the engine sets it.
     """
 
-    n_base: int
+    base_rows: Mapping[int, int]
     n_positions: int
     implementation: str = "eager"
     groups: tuple[GroupOnDevice, ...] = ()
     calls: int = 0
-    masks: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    masks: dict[tuple[int, int, int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     kernel: "KernelState | None" = None
+
+    @property
+    def n_base(self) -> int:
+        """Base rows of all prompts."""
+        return sum(self.base_rows.values())
 
     @property
     def n_tokens(self) -> int:
         """Tokens of the pack."""
         last = self.groups[-1]
-        return last.start + last.n_tiles * last.tile_rows * (self.n_positions - last.first)
+        return last.start + last.n_tiles * last.length
+
+    def base_states(self, states: Tensor) -> dict[int, Tensor]:
+        """Prompt length -> [base row, head, position, d_head] of a pack's keys or values."""
+        starts = [(group.n_positions, group.start) for group in self.groups if group.first == 0]
+        return {length: _rectangle(states, start, self.base_rows[length], length) for length, start in starts}
 
     def tile_mask(self, mask: Tensor, group: GroupOnDevice) -> Tensor:
         """The mask of a tile, [1, 1 or head, tile token, first + tile token], made once a pass.
@@ -87,9 +107,9 @@ class PackState:
             mask: the model's, [batch, 1 or head, position, position]; bool, or added to the scores.
             group: the tile's shape.
         """
-        key = (id(mask), group.first, group.tile_rows)
+        key = (id(mask), group.n_positions, group.first, group.tile_rows)
         if key not in self.masks:
-            self.masks[key] = mask, _block_diagonal(mask[:1, :, group.first : self.n_positions], group)
+            self.masks[key] = mask, _block_diagonal(group.of_mask(mask), group)
         return self.masks[key][1]
 
 
@@ -193,16 +213,15 @@ def _attend(
         attended = state.kernel.attend(module, query, key, value, mask, kwargs)
         if attended is not None:
             return attended, None
-    base_key, base_value = (_rectangle(x, 0, state.n_base, state.n_positions) for x in (key, value))
+    base_keys, base_values = state.base_states(key), state.base_states(value)
     outputs = []
     for group in state.groups:
-        length = group.tile_rows * (state.n_positions - group.first)
-        own_key, own_value = (_rectangle(x, group.start, group.n_tiles, length) for x in (key, value))
+        own_key, own_value = (_rectangle(x, group.start, group.n_tiles, group.length) for x in (key, value))
         attended, _ = function(
             module,
-            _rectangle(query, group.start, group.n_tiles, length),
-            after_prefix(base_key, own_key, group),
-            after_prefix(base_value, own_value, group),
+            _rectangle(query, group.start, group.n_tiles, group.length),
+            after_prefix(base_keys[group.n_positions], own_key, group),
+            after_prefix(base_values[group.n_positions], own_value, group),
             state.tile_mask(mask, group),
             **kwargs,
         )
@@ -224,16 +243,15 @@ def _attend_by_method(
     """
     state = _running()
     mask = _checked(state, getattr(method, "__self__", None), query, key, attention_mask)
-    base_key, base_value = (_rectangle(x, 0, state.n_base, state.n_positions) for x in (key, value))
+    base_keys, base_values = state.base_states(key), state.base_states(value)
     outputs = []
     for group in map(GroupOnDevice.by_row, state.groups):
-        length = state.n_positions - group.first
-        own_key, own_value = (_rectangle(x, group.start, group.n_tiles, length) for x in (key, value))
+        own_key, own_value = (_rectangle(x, group.start, group.n_tiles, group.length) for x in (key, value))
         attended, _ = method(
-            _rectangle(query, group.start, group.n_tiles, length),
-            after_prefix(base_key, own_key, group),
-            after_prefix(base_value, own_value, group),
-            mask[:1, :, group.first :],
+            _rectangle(query, group.start, group.n_tiles, group.length),
+            after_prefix(base_keys[group.n_positions], own_key, group),
+            after_prefix(base_values[group.n_positions], own_value, group),
+            group.of_mask(mask),
             **kwargs,
         )
         outputs.append(rearrange(attended, "row head position d_head -> head (row position) d_head"))

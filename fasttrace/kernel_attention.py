@@ -29,7 +29,7 @@ class KernelState:
     """What one forward pass knows beside `PackState`.
 
     Attributes:
-        n_positions: tokens of a base row.
+        n_positions: tokens of the longest prompt.
         blocks: of the plan.
         number: of the block being computed; the engine sets it.
         layouts: made when the first block of a kind asks for them.
@@ -81,7 +81,7 @@ class KernelState:
         while same > 0 and self.blocks[same].source is None:
             same -= 1  # no row was born since: the pack is laid out as before
         if (same, block) not in self.layouts:
-            self.layouts[same, block] = layout_of(self.blocks[same], self.n_positions, block).to(q.device)
+            self.layouts[same, block] = layout_of(self.blocks[same], block).to(q.device)
         return self.layouts[same, block]
 
     def watched(self, build: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
@@ -97,14 +97,16 @@ class KernelState:
         return built
 
 
-def layout_of(block: BlockPlan, n_positions: int, tile: int) -> AttentionLayout:
+def layout_of(block: BlockPlan, tile: int) -> AttentionLayout:
     """The rows of one block's pack, as the kernel wants them."""
     columns = []
+    base_rows_at = {group.n_positions: group.start for group in block.groups if group.first == 0}
     for group in block.groups:
-        length = n_positions - group.first
+        length = group.n_positions - group.first
         base = np.repeat(group.base, group.tile_rows)
         start = group.start + np.arange(len(base)) * length
-        columns.append((start, np.full_like(start, length), np.full_like(start, group.first), base * n_positions))
+        base_start = base_rows_at[group.n_positions] + base * group.n_positions
+        columns.append((start, np.full_like(start, length), np.full_like(start, group.first), base_start))
     return AttentionLayout.build(*map(np.concatenate, zip(*columns, strict=True)), block=tile)
 
 

@@ -16,7 +16,7 @@ from transformers.activations import NewGELUActivation
 
 from fasttrace.adapters import Anatomy
 from fasttrace.hooks import replaced_forward
-from fasttrace.plan import Plan
+from fasttrace.packs import Pack
 
 if TYPE_CHECKING:
     from fasttrace.kernel_attention import KernelState
@@ -46,13 +46,13 @@ def in_chunks(forward: Callable[..., Any]) -> Callable[..., Any]:
     return chunked
 
 
-def attention_kernel(anatomy: Anatomy, plan: Plan) -> "KernelState | None":
+def attention_kernel(anatomy: Anatomy, pack: Pack) -> "KernelState | None":
     """What makes attention one launch a block, on GPUs and while operations are fused; None: group by group."""
     if not _FUSING.get() or anatomy.device.type not in KERNEL_DEVICES or find_spec("triton") is None:
         return None
     from fasttrace.kernel_attention import KernelState
 
-    return KernelState(plan.shape.n_positions, plan.blocks)
+    return KernelState(pack.width, pack.blocks)
 
 
 @contextmanager

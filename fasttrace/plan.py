@@ -14,7 +14,7 @@ neighbours.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -35,12 +35,14 @@ class Group:
     """Neighbouring rows that hold the same positions, as a rectangle [tile, tile rows * (n_positions - first)].
 
     Attributes:
+        n_positions: tokens of the rows' prompt.
         first: first position the rows hold; the keys before it are the base row's.
         start: index of the group's first token in the pack.
         tile_rows: rows of a tile, all of one base row.
         base: [tile] the base row.
     """
 
+    n_positions: int
     first: int
     start: int
     tile_rows: int
@@ -99,9 +101,19 @@ class Plan:
     cell_row: np.ndarray
 
     @property
+    def n_base(self) -> int:
+        """Base rows: the clean run, and a corrupted one per sample."""
+        return 1 + self.shape.samples
+
+    @cached_property
+    def n_tokens(self) -> np.ndarray:
+        """[block] tokens of its pack."""
+        return np.array([block.n_tokens for block in self.blocks])
+
+    @property
     def peak_tokens(self) -> int:
         """Tokens of the largest pack."""
-        return max(block.n_tokens for block in self.blocks)
+        return int(self.n_tokens.max())
 
 
 @lru_cache(maxsize=32)
@@ -303,7 +315,7 @@ def _groups(shape: Shape, rows: _Rows) -> tuple[Group, ...]:
     tile_rows = np.concatenate((np.ones(n_base, dtype=np.int64), rows.tile_rows))
     begins = np.flatnonzero(_changes(first) | _changes(tile_rows))
     starts = np.concatenate(([0], np.cumsum(shape.n_positions - first)))
-    return tuple(
-        Group(int(first[begin]), int(starts[begin]), int(tile_rows[begin]), base[begin : end : tile_rows[begin]])
-        for begin, end in zip(begins, np.append(begins[1:], len(first)), strict=True)
-    )
+    ends = np.append(begins[1:], len(first))
+    columns = zip(first[begins].tolist(), starts[begins].tolist(), tile_rows[begins].tolist(), strict=True)
+    bases = (base[begin:end:rows] for begin, end, rows in zip(begins, ends, tile_rows[begins], strict=True))
+    return tuple(Group(shape.n_positions, *column, rows) for column, rows in zip(columns, bases, strict=True))

@@ -51,23 +51,26 @@ def precise(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def row_probabilities(anatomy: Anatomy, states: Tensor, target: int, as_output: Callable[[Tensor], Any]) -> Tensor:
+def row_probabilities(
+    anatomy: Anatomy, states: Tensor, targets: np.ndarray, as_output: Callable[[Tensor], Any]
+) -> Tensor:
     """p(target) of rows, [row], in float32 or better.
 
     Args:
         anatomy: the model.
         states: last-token outputs of the last block, [..., row, d_model] with the rows on `anatomy.row_axis`.
-        target: token id.
+        targets: [row] token ids.
         as_output: gives a hidden state the form of a block's output.
     """
     chunk = max(1, CHUNK_BYTES // (4 * anatomy.vocabulary))
     with evaluating(anatomy.model):
-        chunks = states.split(chunk, anatomy.row_axis) if states.shape[anatomy.row_axis] else []
-        parts = [_tail(anatomy, part, target, as_output) for part in chunks]
+        chunks = states.split(chunk, anatomy.row_axis) if len(targets) else []
+        wanted = torch.from_numpy(targets).split(chunk)
+        parts = [_tail(anatomy, *part, as_output) for part in zip(chunks, wanted, strict=False)]
     return torch.cat(parts) if parts else torch.zeros(0, device=states.device)
 
 
-def _tail(anatomy: Anatomy, states: Tensor, target: int, as_output: Callable[[Tensor], Any]) -> Tensor:
+def _tail(anatomy: Anatomy, states: Tensor, targets: Tensor, as_output: Callable[[Tensor], Any]) -> Tensor:
     axis = anatomy.row_axis
     output = as_output(states.unsqueeze(axis + 1))
     ids = torch.zeros(states.shape[axis], 1, dtype=torch.long, device=anatomy.device)
@@ -75,7 +78,8 @@ def _tail(anatomy: Anatomy, states: Tensor, target: int, as_output: Callable[[Te
         for block in anatomy.blocks:
             stack.enter_context(replaced_forward(block, lambda *_args, **_kwargs: output))
         logits = precise(anatomy.model(input_ids=ids, use_cache=False).logits[:, -1])
-    return torch.exp(logits[:, target] - logits.logsumexp(-1))
+    of_target = logits.gather(1, targets.to(logits.device, non_blocking=True)[:, None])[:, 0]
+    return torch.exp(of_target - logits.logsumexp(-1))
 
 
 def scores_of_rows(rows: np.ndarray, cell_row: np.ndarray, base: np.ndarray, target: int) -> Scores:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from fasttrace.cells import SITES, STREAMS, Edit
 from fasttrace.engines import ENGINES, cost_of_job
+from fasttrace.engines.job import pack_of_jobs
 from fasttrace.errors import EngineError, NumericsError
 from fasttrace.hooks import output_hook
 from tests.conftest import FAMILIES, N_LAYERS, all_grids, make_job, tiny_anatomy, tiny_model
@@ -268,13 +269,13 @@ def test_all_tables_of_a_plan_reach_the_device_in_one_copy(monkeypatch):
     from fasttrace.engines import tables
 
     anatomy, job = tiny_anatomy("gpt2"), make_job(7, (1, 4), 2, all_grids(STREAMS, 3, 7))
-    plan = job.plan(anatomy.n_layers, "suffix")
+    pack = pack_of_jobs([job], anatomy.n_layers, "suffix")
     copies = []
     right = torch.from_numpy
     monkeypatch.setattr(tables.torch, "from_numpy", lambda array: copies.append(len(array)) or right(array))
-    found = tables.tables_of(plan, torch.device("cpu"))
+    found = tables.tables_of(pack, torch.device("cpu"))
     assert len(copies) == 1
-    for block, moved in zip(plan.blocks, found, strict=True):
+    for block, moved in zip(pack.blocks, found, strict=True):
         np.testing.assert_array_equal(moved.origin, block.origin)
         np.testing.assert_array_equal(moved.position, block.origin % 7)
         assert (moved.source is None) == (block.source is None)

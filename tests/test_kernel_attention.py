@@ -8,7 +8,7 @@ from fasttrace import ops
 from fasttrace.adapters import anatomy_of
 from fasttrace.cells import grid_cells
 from fasttrace.corruption import draw
-from fasttrace.engines import ENGINES, reference
+from fasttrace.engines import ENGINES, reference, wavefront
 from fasttrace.engines.job import Job
 from fasttrace.kernel_attention import KernelState, window_of_mask
 from fasttrace.ops import fused
@@ -50,6 +50,18 @@ def test_the_kernel_gives_the_grids_of_plain_forward_passes(name, kernel):
         scores = ENGINES["wavefront"](anatomy, job, lambda: None)
     assert kernel == [True] * anatomy.n_layers, "every block attends in one call"
     assert np.abs(scores.cells - expected.cells).max() < 1e-5 * np.ptp(expected.cells)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mistral", "gpt_oss", "gemma3_text"])
+def test_the_kernel_serves_prompts_of_several_lengths(name, kernel):
+    anatomy = anatomy_of(zoo.tiny_model(name))
+    jobs = [job_of(anatomy, samples, n_positions) for samples, n_positions in ((2, 9), (1, 6), (1, 9))]
+    with fused(anatomy):
+        together = wavefront.run_jobs(anatomy, jobs, lambda: None)
+    assert kernel == [True] * anatomy.n_layers
+    for scores, job in zip(together, jobs, strict=True):
+        expected = reference.run(anatomy, job, lambda: None, rows=1000)
+        assert np.abs(scores.cells - expected.cells).max() < 1e-5 * np.ptp(expected.cells)
 
 
 def test_a_window_that_is_not_told_moves_the_grids(kernel, monkeypatch):

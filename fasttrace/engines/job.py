@@ -1,13 +1,15 @@
 """What every engine takes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from fasttrace.cells import Cell
 from fasttrace.corruption import Corruption
 from fasttrace.edits import Shape
+from fasttrace.packs import Pack, pack_of
 from fasttrace.plan import Layout, Plan, plan_cells
 
 Tick = Callable[[], None]
@@ -46,3 +48,21 @@ class Job:
     def part(self, cells: slice, samples: slice) -> "Job":
         """Some of the cells, for some of the samples."""
         return replace(self, cells=self.cells[cells], corruption=self.corruption.part(samples))
+
+
+def pack_of_jobs(jobs: Sequence[Job], n_layers: int, layout: Layout) -> Pack:
+    """The compiled cells of several prompts, for one pass."""
+    return pack_of([job.plan(n_layers, layout) for job in jobs])
+
+
+def base_ids(jobs: Sequence[Job]) -> Tensor:
+    """int64 [base row, width] tokens of the base rows, short prompts filled up with their last token."""
+    width = max(len(job.token_ids) for job in jobs)
+    rows = [torch.cat((job.token_ids, job.token_ids[-1:].expand(width - len(job.token_ids)))) for job in jobs]
+    return torch.cat([row.expand(1 + job.samples, -1) for row, job in zip(rows, jobs, strict=True)])
+
+
+def corrupted(jobs: Sequence[Job], embeddings: Tensor) -> Tensor:
+    """Hook on the embedding: [base row, width, d_model] with each prompt's noise added to its corrupted runs."""
+    parts = embeddings.split([1 + job.samples for job in jobs])
+    return torch.cat([job.corruption.added_to(part) for job, part in zip(jobs, parts, strict=True)])

@@ -6,12 +6,13 @@ right for any trunk that treats rows alike, recurrent ones included.
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from fasttrace.adapters import Anatomy
 from fasttrace.adapters.inputs import Path
-from fasttrace.engines.job import Job, Tick
+from fasttrace.engines.job import Job, Tick, corrupted, pack_of_jobs
 from fasttrace.engines.tables import BlockTables, LastBlock, base_logits, grown, picked, restore, tables_of
 from fasttrace.hooks import evaluating, input_hook, output_hook, raw_output_hook
 from fasttrace.plan import Layout
@@ -26,18 +27,17 @@ def run(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
     Raises:
         NumericsError: a block produced inf or NaN.
     """
-    plan = job.plan(anatomy.n_layers, LAYOUT)
-    n_base, n_positions = 1 + job.samples, len(job.token_ids)
-    last_block = LastBlock(anatomy, plan)
+    pack = pack_of_jobs([job], anatomy.n_layers, LAYOUT)
+    last_block = LastBlock(anatomy, pack)
     with ExitStack() as stack:
         stack.enter_context(evaluating(anatomy.model))
-        stack.enter_context(output_hook(anatomy.embedding, job.corruption.added_to))
-        for number, tables in enumerate(tables_of(plan, anatomy.device)):
-            _Step(anatomy, number, tables, n_base, n_positions).hook(stack)
+        stack.enter_context(output_hook(anatomy.embedding, partial(corrupted, [job])))
+        for number, tables in enumerate(tables_of(pack, anatomy.device)):
+            _Step(anatomy, number, tables, pack.n_base, pack.width).hook(stack)
             stack.enter_context(output_hook(anatomy.blocks[number], last_block.watcher(tick)))
         stack.enter_context(raw_output_hook(anatomy.blocks[-1], last_block.split))
-        logits = base_logits(anatomy, job)
-    return last_block.scores(logits, job.target)
+        logits = base_logits(anatomy, [job])
+    return last_block.scores(logits, [job.target])[0]
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from fasttrace.adapters import Anatomy
 from fasttrace.adapters.inputs import Path
-from fasttrace.engines.job import Job, Tick
+from fasttrace.engines.job import Job, Tick, base_ids
 from fasttrace.hooks import first_of, hidden_argument, with_first, with_hidden_argument
-from fasttrace.plan import BlockPlan, Plan
+from fasttrace.packs import Pack
+from fasttrace.plan import BlockPlan
 from fasttrace.readout import Scores, check_finite, distributions, row_probabilities, scores_of_rows
 
 Edits = tuple[Tensor, Tensor]
@@ -39,9 +40,9 @@ class BlockTables:
     mlp_computed: tuple[Tensor, Tensor] | None
 
 
-def tables_of(plan: Plan, device: torch.device) -> list[BlockTables]:
-    """All tables of a plan, in one copy to a device, before the pass."""
-    columns = [_columns(block, plan.shape.n_positions) for block in plan.blocks]
+def tables_of(pack: Pack, device: torch.device) -> list[BlockTables]:
+    """All tables of a pack, in one copy to a device, before the pass."""
+    columns = [_columns(block, pack.width) for block in pack.blocks]
     given = iter(on_device([table for block in columns for table in block if table is not None], device))
     return [_block_tables(*(None if table is None else next(given) for table in block)) for block in columns]
 
@@ -56,13 +57,13 @@ def on_device(tables: Sequence[np.ndarray], device: torch.device) -> Sequence[Te
     return buffer.to(device, non_blocking=True).split([len(table) for table in tables])
 
 
-def _columns(block: BlockPlan, n_positions: int) -> tuple[np.ndarray | None, ...]:
+def _columns(block: BlockPlan, width: int) -> tuple[np.ndarray | None, ...]:
     has_attention, has_mlp = len(block.attention_to) > 0, len(block.mlp_to) > 0
     return (
         block.source,
         block.carried,
         block.origin,
-        block.origin % n_positions,
+        block.origin % width,
         block.attention_to if has_attention else None,
         block.attention_from if has_attention else None,
         block.mlp_to if has_mlp else None,
@@ -139,10 +140,10 @@ class LastBlock:
         block_sums: one sum over all outputs a block, for the check that they are finite.
     """
 
-    def __init__(self, anatomy: Anatomy, plan: Plan):
-        self.anatomy, self.plan = anatomy, plan
+    def __init__(self, anatomy: Anatomy, pack: Pack):
+        self.anatomy, self.pack = anatomy, pack
         self.axis = anatomy.row_axis
-        self.last_tokens = torch.from_numpy(plan.last_tokens.reshape(-1))
+        self.last_tokens, self.handed_on = on_device([pack.last_tokens, pack.handed_on], anatomy.device)
         self.states = torch.zeros(0)
         self.block_sums: list[Tensor] = []
         self.form: Any = None
@@ -160,28 +161,32 @@ class LastBlock:
         """The last block's output for the base rows alone, [1 + sample, position, d_model]."""
         self.form = output if not isinstance(output, Tensor) else None
         tokens = first_of(output).flatten(self.axis, self.axis + 1)
-        shape = self.plan.shape
         self.states = picked(tokens, self.axis, self.last_tokens)
-        base = tokens.narrow(self.axis, 0, (1 + shape.samples) * shape.n_positions)
-        return self.as_output(base.unflatten(self.axis, (1 + shape.samples, shape.n_positions)))
+        base = picked(tokens, self.axis, self.handed_on)
+        return self.as_output(base.unflatten(self.axis, (self.pack.n_base, self.pack.width)))
 
     def as_output(self, hidden: Tensor) -> Any:
         """A hidden state in the form of a block's output."""
         return hidden if self.form is None else with_first(self.form, hidden)
 
-    def scores(self, base_logits: Tensor, target: int | None) -> Scores:
-        """Reads out all rows. The first point of a pass that waits for the device."""
+    def scores(self, base_logits: Tensor, targets: Sequence[int | None]) -> list[Scores]:
+        """Reads out all rows of every prompt. The first point of a pass that waits for the device."""
         check_finite(self.block_sums, self.anatomy.dtype)
-        base = distributions(base_logits)
-        target = int(base[0].argmax()) if target is None else target
-        rows = row_probabilities(self.anatomy, self.states, target, self.as_output)
-        rows = rows.cpu().numpy().reshape(self.plan.last_tokens.shape)
-        return scores_of_rows(rows, self.plan.cell_row, base, target)
+        plans = self.pack.plans
+        bases = np.split(distributions(base_logits), np.cumsum([plan.n_base for plan in plans])[:-1])
+        found = [int(base[0].argmax()) if t is None else t for base, t in zip(bases, targets, strict=True)]
+        sizes = [plan.last_tokens.size for plan in plans]
+        rows = row_probabilities(self.anatomy, self.states, np.repeat(found, sizes), self.as_output)
+        parts = np.split(rows.cpu().numpy(), np.cumsum(sizes)[:-1])
+        return [
+            scores_of_rows(part.reshape(plan.last_tokens.shape), plan.cell_row, base, target)
+            for part, plan, base, target in zip(parts, plans, bases, found, strict=True)
+        ]
 
 
-def base_logits(anatomy: Anatomy, job: Job) -> Tensor:
-    """The model's forward over the base rows [1 + sample, position]; last-position logits [1 + sample, vocab]."""
-    ids = job.token_ids.to(anatomy.device).expand(1 + job.samples, -1)
+def base_logits(anatomy: Anatomy, jobs: Sequence[Job]) -> Tensor:
+    """The model's forward over the base rows [base row, width]; last-position logits [base row, vocab]."""
+    ids = base_ids(jobs).to(anatomy.device)
     arguments: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if anatomy.keeps_logits:
         arguments["logits_to_keep"] = slice(-1, None)  # an int lets gemma4 drop tokens, a tensor has one device

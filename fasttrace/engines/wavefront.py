@@ -4,7 +4,7 @@ The trunk sees an ordinary batch of base rows. The first block's pre-hook turns 
 pre-hook grows the pack by one gather, and the last block's hook hands the base rows back.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fasttrace.adapters import Anatomy
 from fasttrace.adapters.inputs import Axes, Path
 from fasttrace.attention import GroupOnDevice, PackState, ragged_attention
-from fasttrace.engines.job import Job, Tick
+from fasttrace.engines.job import Job, Tick, corrupted, pack_of_jobs
 from fasttrace.engines.tables import (
     BlockTables,
     Edits,
@@ -32,7 +32,8 @@ from fasttrace.errors import EngineError
 from fasttrace.fork import Fork, forked_attention
 from fasttrace.hooks import evaluating, input_hook, output_hook, raw_output_hook
 from fasttrace.ops import attention_kernel
-from fasttrace.plan import Layout, Plan
+from fasttrace.packs import Pack
+from fasttrace.plan import Layout
 from fasttrace.readout import Scores
 
 LAYOUT: Layout = "suffix"
@@ -48,7 +49,12 @@ def run(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
         EngineError: the model does not attend through transformers' interface.
         NumericsError: a block produced inf or NaN.
     """
-    return _run(anatomy, job, tick, ragged_attention)
+    return run_jobs(anatomy, [job], tick)[0]
+
+
+def run_jobs(anatomy: Anatomy, jobs: Sequence[Job], tick: Tick) -> list[Scores]:
+    """The same for the jobs of several prompts in one forward pass."""
+    return _run(anatomy, jobs, tick, ragged_attention)
 
 
 def run_fork(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
@@ -58,26 +64,26 @@ def run_fork(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
         EngineError: the attention modules take no cache of earlier keys and values.
         NumericsError: a block produced inf or NaN.
     """
-    return _run(anatomy, job, tick, forked_attention)
+    return _run(anatomy, [job], tick, forked_attention)[0]
 
 
-def _run(anatomy: Anatomy, job: Job, tick: Tick, attention: Attention) -> Scores:
-    plan = job.plan(anatomy.n_layers, LAYOUT)
-    state = PackState(1 + job.samples, len(job.token_ids), kernel=attention_kernel(anatomy, plan))
-    last_block = LastBlock(anatomy, plan)
+def _run(anatomy: Anatomy, jobs: Sequence[Job], tick: Tick, attention: Attention) -> list[Scores]:
+    pack = pack_of_jobs(jobs, anatomy.n_layers, LAYOUT)
+    state = PackState(pack.base_rows, pack.width, kernel=attention_kernel(anatomy, pack))
+    last_block = LastBlock(anatomy, pack)
     with ExitStack() as stack:
         stack.enter_context(evaluating(anatomy.model))
         fork = stack.enter_context(attention(anatomy, state))
-        stack.enter_context(output_hook(anatomy.embedding, job.corruption.added_to))
-        blocks = zip(tables_of(plan, anatomy.device), _groups_of(plan, anatomy.device), strict=True)
+        stack.enter_context(output_hook(anatomy.embedding, partial(corrupted, jobs)))
+        blocks = zip(tables_of(pack, anatomy.device), _groups_of(pack, anatomy.device), strict=True)
         for number, (tables, groups) in enumerate(blocks):
             _Step(anatomy, number, tables, groups, state).hook(stack, fork)
             stack.enter_context(output_hook(anatomy.blocks[number], last_block.watcher(tick)))
         stack.enter_context(raw_output_hook(anatomy.blocks[-1], last_block.split))
-        logits = base_logits(anatomy, job)
+        logits = base_logits(anatomy, jobs)
     if state.calls != anatomy.n_layers:
         raise EngineError(f"{state.calls} of {anatomy.n_layers} blocks attended through the pack; use engine='rows'")
-    return last_block.scores(logits, job.target)
+    return last_block.scores(logits, [job.target for job in jobs])
 
 
 @dataclass(frozen=True)
@@ -176,8 +182,8 @@ def _tokens_picked(hidden: Tensor, index: Tensor) -> Tensor:
     return picked(hidden, hidden.dim() - 2, index)
 
 
-def _groups_of(plan: Plan, device: torch.device) -> list[tuple[GroupOnDevice, ...]]:
-    groups = [group for block in plan.blocks for group in block.groups]
+def _groups_of(pack: Pack, device: torch.device) -> list[tuple[GroupOnDevice, ...]]:
+    groups = [group for block in pack.blocks for group in block.groups]
     moved = zip(groups, on_device([group.base for group in groups], device), strict=True)
-    found = (GroupOnDevice(g.first, g.start, g.tile_rows, len(g.base), base) for g, base in moved)
-    return [tuple(islice(found, len(block.groups))) for block in plan.blocks]
+    found = (GroupOnDevice(g.n_positions, g.first, g.start, g.tile_rows, len(g.base), base) for g, base in moved)
+    return [tuple(islice(found, len(block.groups))) for block in pack.blocks]
