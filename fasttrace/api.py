@@ -1,31 +1,26 @@
 """The straight line from a prompt to a grid: one call per module."""
 
-import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-import transformers
 from torch import nn
 
-from fasttrace.adapters import anatomy_of, module_paths
-from fasttrace.cells import grid_cells, windows_of
-from fasttrace.corruption import Corruption, draw, sigma_of
-from fasttrace.cost import Cost
-from fasttrace.engines.job import Job
+from fasttrace.adapters import Anatomy, anatomy_of, module_paths
+from fasttrace.cells import windows_of
+from fasttrace.corruption import sigma_of
 from fasttrace.engines.passes import Progress, run_in_passes
 from fasttrace.engines.select import EngineChoice, choose
-from fasttrace.errors import NumericsError
 from fasttrace.loading import load
 from fasttrace.ops import fused
-from fasttrace.prompts import Prompt, encode, plain_ids, token_text
-from fasttrace.readout import Scores
+from fasttrace.prompts import Prompt, encode, plain_ids
 from fasttrace.results import TraceResult
+from fasttrace.sweeps import Sweep
 
-TOP_TOKENS = 100
-"""Next tokens kept of the clean and the corrupted run."""
+if TYPE_CHECKING:
+    from fasttrace.datasets import Fact
+    from fasttrace.stores import Record
 
 
 class Tracer:
@@ -103,6 +98,11 @@ class Tracer:
         return cls(model, tokenizer, name=name, revision=revision, modules=modules, fuse=fuse)
 
     @property
+    def anatomy(self) -> Anatomy:
+        """The model's parts."""
+        return self._anatomy
+
+    @property
     def streams(self) -> tuple[str, ...]:
         """The figure's streams, as far as the model has them: without MLP modules no MLP stream."""
         return self._anatomy.streams
@@ -176,19 +176,93 @@ class Tracer:
 
         Source: Meng et al. (2022), "Locating and Editing Factual Associations in GPT", section 2.
         """
-        windows = windows_of(self.streams if streams is None else streams, window)
-        for site in windows:
-            self._anatomy.modules_at(site)
-        encoded = self._encode(prompt, subject, target, first_target_token)
-        corruption = self._corrupt(encoded, noise, noise_subjects, samples, seed)
-        job = Job(torch.tensor(encoded.token_ids), corruption, self._cells(windows, encoded), encoded.target_id)
-        choice = self.choose_engine(engine)
-        with fused(self._anatomy, self.fuse and choice.name != "reference"):
-            scores, cost = run_in_passes(choice.name, self._anatomy, job, budget, progress)
-        metadata = self._metadata(encoded, noise, corruption, choice)
-        return self._result(encoded, windows, scores, cost, metadata)
+        windows = self.windows(streams, window)
+        encoded = self.encode(prompt, subject, target, first_target_token=first_target_token)
+        if noise_subjects is None:
+            noise_subjects = [encoded.token_ids[slice(*encoded.span)]]
+        sweep = self.sweep(windows, noise, noise_subjects, samples, seed, engine)
+        job = sweep.job(encoded)
+        with fused(self._anatomy, self.fuse and sweep.choice.name != "reference"):
+            scores, cost = run_in_passes(sweep.choice.name, self._anatomy, job, budget, progress)
+        return sweep.result(encoded, scores, cost)
 
-    def _encode(self, prompt: Any, subject: Any, target: Any, first_target_token: bool) -> Prompt:
+    def trace_many(
+        self,
+        facts: "Iterable[Fact | Mapping[str, Any]]",
+        *,
+        streams: Sequence[str] | None = None,
+        window: int = 10,
+        noise: float | str = "s3",
+        noise_subjects: Sequence[str | Sequence[int]] | None = None,
+        samples: int = 10,
+        seed: int = 1,
+        engine: str = "auto",
+        budget: int | str = "auto",
+        require_correct: bool = False,
+        strict: bool = False,
+    ) -> "Iterator[Record]":
+        """Causal traces of many prompts, several in one forward pass, yielded as they finish.
+
+        Prompts are packed without padding, so their lengths, subjects and targets may differ. Grids equal those of
+        `trace` up to the rounding of other matrix shapes, whatever the budget and the order.
+
+        Args:
+            facts: prompts with subjects and expected answers, of which the first token is scored; also mappings with
+                the keys prompt, subject, and if there are id and target.
+            streams: see `trace`, as all that is not named here.
+            window: see `trace`.
+            noise: a standard deviation, or "s3" for 3 x that of the embedding outputs of all facts' subjects together.
+            noise_subjects: subjects to measure for "s3" in place of the facts' own.
+            samples: see `trace`.
+            seed: see `trace`; every prompt gets a generator of its own.
+            engine: see `trace`; those that cannot share a pass take one prompt after the other.
+            budget: largest number of tokens in a pack, or "auto": from free memory, on a CPU what suits its caches. A
+                prompt that needs more takes several passes. When memory runs out, the budget is halved.
+            require_correct: skip facts whose clean top token is not the start of the expected answer; of the others
+                that token is scored, as by the code published with Meng et al. (2022).
+            strict: raise at the first fact that cannot be traced, instead of a record that says why it was skipped.
+
+        Yields:
+            A record of every fact, with its result or the reason why there is none.
+
+        Raises:
+            PromptError: no facts, malformed ones, or, if strict, one that cannot be traced.
+            PlanError, ModelError, EngineError: see `trace`.
+            NumericsError: inf or NaN, if strict.
+        """
+        from fasttrace.many import study_of, trace_all
+
+        return trace_all(
+            *study_of(
+                self,
+                facts,
+                streams=streams,
+                window=window,
+                noise=noise,
+                noise_subjects=noise_subjects,
+                samples=samples,
+                seed=seed,
+                engine=engine,
+                budget=budget,
+                require_correct=require_correct,
+                strict=strict,
+            )
+        )
+
+    def encode(
+        self,
+        prompt: Any,
+        subject: Any,
+        target: Any = None,
+        *,
+        first_target_token: bool = False,
+        tell: bool = True,
+    ) -> Prompt:
+        """A prompt, its subject and its target as tokens of this model; see `trace`.
+
+        Raises:
+            PromptError: one of them cannot be used; it shows the tokens.
+        """
         anatomy = self._anatomy
         return encode(
             self.tokenizer,
@@ -198,78 +272,37 @@ class Tracer:
             vocabulary=anatomy.vocabulary,
             max_positions=anatomy.max_positions,
             first_target_token=first_target_token,
+            tell=tell,
         )
 
-    def _corrupt(self, prompt: Prompt, noise: Any, subjects: Any, samples: int, seed: int) -> Corruption:
-        if subjects is None:
-            subjects = [prompt.token_ids[slice(*prompt.span)]]
+    def windows(self, streams: Sequence[str] | None, window: int) -> dict[str, int]:
+        """Blocks restored together by stream; None for the streams of the figure that the model has.
+
+        Raises:
+            PlanError: unknown streams, or a window below 1.
+            ModelError: the model does not have a stream.
+        """
+        windows = windows_of(self.streams if streams is None else streams, window)
+        for site in windows:
+            self._anatomy.modules_at(site)
+        return windows
+
+    def sweep(
+        self, windows: Mapping[str, int], noise: Any, subjects: Any, samples: int, seed: int, engine: str
+    ) -> Sweep:
+        """What a trace does to every prompt, with the noise measured on some subjects and the engine chosen.
+
+        Raises:
+            PlanError: an unknown noise rule.
+            EngineError: an unknown engine, or none that passes the self-check.
+        """
         ids = [plain_ids(self.tokenizer, item) if isinstance(item, str) else list(item) for item in subjects]
         sigma = sigma_of(noise, self._anatomy.embedding, ids, self.device)
-        return draw(prompt.span, self._anatomy.d_model, sigma=sigma, samples=samples, seed=seed)
-
-    def _cells(self, windows: Mapping[str, int], prompt: Prompt) -> tuple:
-        n_layers, n_positions = self._anatomy.n_layers, len(prompt.token_ids)
-        grids = (grid_cells(stream, width, n_layers, n_positions) for stream, width in windows.items())
-        return tuple(cell for grid in grids for cell in grid)
-
-    def _metadata(self, prompt: Prompt, noise: Any, corruption: Corruption, choice: EngineChoice) -> dict[str, Any]:
-        return {
+        about = {
             "model": self.name,
             "revision": self.revision,
-            "prompt": prompt.text,
-            "subject": prompt.subject,
-            "notes": list(prompt.notes),
             "noise": noise if isinstance(noise, str) else float(noise),
-            "sigma": corruption.sigma,
-            "samples": len(corruption.noise),
-            "seed": corruption.seed,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": str(self.device),
             "fuse": self.fuse,
-            "attention": str(self._anatomy.config._attn_implementation),
-            "modules": self.modules,
-            "engine": choice.name,
-            "engine_reason": choice.reason,
-            "self_check_error": choice.self_check_error,
-            "versions": _versions(),
         }
-
-    def _result(
-        self, prompt: Prompt, windows: Mapping[str, int], scores: Scores, cost: Cost, metadata: dict[str, Any]
-    ) -> TraceResult:
-        if not np.isfinite(scores.cells).all():
-            raise NumericsError(f"probabilities came out as NaN in {self.dtype}; try dtype='bfloat16' or 'float32'")
-        grids = scores.cells.reshape(len(windows), self._anatomy.n_layers, len(prompt.token_ids), -1)
-        low = scores.corrupted[:, scores.target].astype(np.float64)
-        return TraceResult(
-            prob=dict(zip(windows, grids.mean(-1), strict=True)),
-            prob_std=dict(zip(windows, grids.std(-1), strict=True)),
-            clean_prob=float(scores.clean[scores.target]),
-            corrupted_prob=float(low.mean()),
-            corrupted_std=float(low.std()),
-            tokens=prompt.tokens,
-            token_ids=prompt.token_ids,
-            span=prompt.span,
-            target=None if self.tokenizer is None else token_text(self.tokenizer, scores.target),
-            target_id=scores.target,
-            top={"clean": self._top(scores.clean), "corrupted": self._top(scores.corrupted.mean(0))},
-            windows=dict(windows),
-            cost=cost,
-            metadata=metadata,
-        )
-
-    def _top(self, distribution: np.ndarray) -> tuple[tuple[int, str, float], ...]:
-        best = np.argsort(-distribution, kind="stable")[:TOP_TOKENS]
-        return tuple((int(i), token_text(self.tokenizer, int(i)), float(distribution[i])) for i in best)
-
-
-def _versions() -> dict[str, str]:
-    from fasttrace import __version__
-
-    return {
-        "fasttrace": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }
+        choice = self.choose_engine(engine)
+        return Sweep(self._anatomy, self.tokenizer, windows, sigma, samples, seed, choice, about)

@@ -166,17 +166,17 @@ class _Merge:
         carried = _merged([_or_same(_first(part.carried, part.source), part) for part in parts], before, places)
         origin = [self._fed(number, part.origin) for number, part in enumerate(parts)]
         return BlockPlan(
-            None if all(part.source is None for part in parts) else source,
-            None if all(part.carried is None for part in parts) else carried,
-            _merged(origin, None, places),
-            groups,
-            *(_tokens([getattr(part, name) for part in parts], places) for name in _EDITS),
-            keep,
-            spread,
+            source=None if all(part.source is None for part in parts) else source,
+            carried=None if all(part.carried is None for part in parts) else carried,
+            origin=_merged(origin, None, places),
+            groups=groups,
+            attention_to=_tokens([part.attention_to for part in parts], places),
+            attention_from=_tokens([part.attention_from for part in parts], places),
+            mlp_to=_tokens([part.mlp_to for part in parts], places),
+            mlp_from=_tokens([part.mlp_from for part in parts], places),
+            mlp_keep=keep,
+            mlp_spread=spread,
         )
-
-
-_EDITS = ("attention_to", "attention_from", "mlp_to", "mlp_from")
 
 
 def _first(value: np.ndarray | None, other: np.ndarray | None) -> np.ndarray | None:

@@ -50,6 +50,7 @@ def encode(
     vocabulary: int,
     max_positions: int | None = None,
     first_target_token: bool = False,
+    tell: bool = True,
 ) -> Prompt:
     """Tokenizes a prompt and finds its subject and target.
 
@@ -62,6 +63,7 @@ def encode(
         vocabulary: number of token ids the model knows.
         max_positions: longest prompt the model takes.
         first_target_token: of a target of several tokens, take the first.
+        tell: log the notes as a warning.
 
     Raises:
         PromptError: empty or too long prompt, subject or target that cannot be found; it shows the tokens.
@@ -75,7 +77,7 @@ def encode(
     target_id, target_notes = _target_of(tokenizer, target, text, ids, first_target_token)
     _check_target(target_id, vocabulary)
     notes = (*encoding.notes, *subject_notes, *target_notes)
-    if notes:
+    if notes and tell:
         logger.warning("%s", "; ".join(notes))
     return Prompt(
         text=text,

@@ -16,6 +16,9 @@ __all__ = ["ENGINES", "Job", "Tick", "cost_of_job"]
 ENGINES = {"wavefront": wavefront.run, "fork": wavefront.run_fork, "rows": rows.run, "reference": reference.run}
 """In the order in which "auto" tries them."""
 
+PACKING = {"wavefront": wavefront.run_jobs}
+"""Engines whose passes several prompts can share: `run_jobs(anatomy, jobs, tick) -> list[Scores]`."""
+
 LAYOUTS: dict[str, Layout] = {"wavefront": wavefront.LAYOUT, "fork": wavefront.LAYOUT, "rows": rows.LAYOUT}
 """What a row holds in the engines that run plans."""
 

@@ -5,6 +5,9 @@ The bytes are a model of the allocator's peak inside a pass, measured on GPT-2 a
 activation of its MLP, and apart from the pack the logits of one chunk of rows.
 """
 
+import logging
+from dataclasses import dataclass
+
 import psutil
 import torch
 from torch import distributed
@@ -12,6 +15,8 @@ from torch import distributed
 from fasttrace.adapters import Anatomy
 from fasttrace.errors import PlanError
 from fasttrace.readout import CHUNK_BYTES
+
+logger = logging.getLogger("fasttrace")
 
 HIDDEN_COPIES = 14
 """Tensors of a token's hidden width that are alive at once while a block runs: 8 to 13 were seen."""
@@ -26,12 +31,29 @@ MEMORY_SHARE = 0.7
 """Part of the free memory that an automatic budget lets a pass take."""
 
 CPU_TOKENS = 8192
-"""Largest pack that an automatic budget makes on a CPU: larger ones leave its caches and run slower per token."""
+"""Largest pack that an automatic budget makes on a CPU: larger ones leave its caches and run slower per token. An
+offloaded model's weights are loaded once a pass, which larger packs make up for."""
 
 
 def bytes_per_token(anatomy: Anatomy) -> int:
     """Memory that one token of a pack takes at the peak of a pass."""
     return anatomy.dtype.itemsize * (HIDDEN_COPIES * anatomy.d_model + WIDE_COPIES * anatomy.widest)
+
+
+@dataclass
+class Budget:
+    """Most tokens of a pack, lowered when memory runs out.
+
+    Attributes:
+        tokens: that number.
+    """
+
+    tokens: int
+
+    def lower(self, failed: int) -> None:
+        """Halves it below a pack of `failed` tokens that did not fit."""
+        self.tokens = max(1, min(self.tokens, failed) // 2)
+        logger.warning("out of memory with %d tokens in a pass; going on with at most %d", failed, self.tokens)
 
 
 def tokens_allowed(anatomy: Anatomy, budget: int | str) -> int:
@@ -47,7 +69,8 @@ def tokens_allowed(anatomy: Anatomy, budget: int | str) -> int:
     if budget == "auto":
         free = _least_of_ranks(anatomy, min(map(free_bytes, anatomy.devices)))
         by_memory = max(1, int((MEMORY_SHARE * free - READOUT_BYTES) / bytes_per_token(anatomy)))
-        return min(by_memory, CPU_TOKENS) if anatomy.device.type == "cpu" else by_memory
+        in_cache = anatomy.device.type == "cpu" and not anatomy.is_offloaded
+        return min(by_memory, CPU_TOKENS) if in_cache else by_memory
     if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
         raise PlanError(f'budget is {budget!r}: give "auto", or the largest number of tokens of a pack, >= 1')
     return budget

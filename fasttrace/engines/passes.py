@@ -3,8 +3,7 @@
 A pass that runs out of memory is split again, and those after it are made smaller.
 """
 
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,13 +11,12 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from fasttrace.adapters import Anatomy
 from fasttrace.cost import Cost, total
-from fasttrace.engines import ENGINES, LAYOUTS, cost_of_job
+from fasttrace.engines import ENGINES, LAYOUTS, PACKING, cost_of_job
 from fasttrace.engines.job import Job
-from fasttrace.engines.memory import shares_passes, tokens_allowed
+from fasttrace.engines.memory import Budget, shares_passes, tokens_allowed
 from fasttrace.errors import EngineError
+from fasttrace.packs import Pack, peak_tokens
 from fasttrace.readout import Scores
-
-logger = logging.getLogger("fasttrace")
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
@@ -34,7 +32,43 @@ def run_in_passes(
         EngineError: one cell and one noise sample do not fit into memory; or see the engines.
         NumericsError: see the engines.
     """
-    passes = _Passes(engine, anatomy, tokens_allowed(anatomy, budget), progress)
+    return _run(engine, anatomy, job, Budget(tokens_allowed(anatomy, budget)), progress)
+
+
+def run_together(
+    engine: str, anatomy: Anatomy, jobs: Sequence[Job], budget: Budget, pack: Pack | None = None
+) -> list[tuple[Scores, Cost]]:
+    """Runs the jobs of several prompts, in one pass if it fits; a prompt alone may take several.
+
+    Args:
+        engine: one of `engines.PACKING` for more than one job.
+        anatomy: the model.
+        jobs: a job a prompt, in any order.
+        budget: lowered when memory runs out.
+        pack: of these jobs, if it has been made already.
+
+    Raises:
+        EngineError: one cell and one noise sample do not fit into memory; or see the engines.
+        NumericsError: see the engines.
+    """
+    if len(jobs) == 1:
+        return [_run(engine, anatomy, jobs[0], budget, None)]
+    tokens = peak_tokens([job.plan(anatomy.n_layers, LAYOUTS[engine]) for job in jobs])
+    if tokens <= budget.tokens:
+        try:
+            scores = PACKING[engine](anatomy, jobs, lambda: None, pack)
+            return [(each, cost_of_job(engine, anatomy, job)) for each, job in zip(scores, jobs, strict=True)]
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error) or shares_passes(anatomy):
+                raise
+            budget.lower(tokens)
+        clear_device_cache(garbage_collection=True)
+    half = len(jobs) // 2
+    return [found for part in (jobs[:half], jobs[half:]) for found in run_together(engine, anatomy, part, budget)]
+
+
+def _run(engine: str, anatomy: Anatomy, job: Job, budget: Budget, progress: Progress | None) -> tuple[Scores, Cost]:
+    passes = _Passes(engine, anatomy, budget, progress)
     passes.steps = passes.steps_of(job)
     return passes.run(job), total(passes.costs)
 
@@ -43,14 +77,14 @@ class _Passes:
     """The passes of one job.
 
     Attributes:
-        allowed: most tokens of a pack; halved when memory runs out.
+        budget: most tokens of a pack.
         done, steps: blocks computed, and to be computed in all (of the reference engine: restored runs).
         costs: of the passes that were finished.
         waiting: parts of the job whose turn has not come.
     """
 
-    def __init__(self, engine: str, anatomy: Anatomy, allowed: int, progress: Progress | None):
-        self.engine, self.anatomy, self.allowed, self.progress = engine, anatomy, allowed, progress
+    def __init__(self, engine: str, anatomy: Anatomy, budget: Budget, progress: Progress | None):
+        self.engine, self.anatomy, self.budget, self.progress = engine, anatomy, budget, progress
         self.done = self.steps = 0
         self.costs: list[Cost] = []
         self.waiting: list[Job] = []
@@ -91,10 +125,10 @@ class _Passes:
 
     def _split(self, job: Job) -> tuple[Job, Job] | None:
         """A part that fits and the rest, or two halves; None if the job fits or cannot be split."""
-        if self.engine not in LAYOUTS or self._peak_tokens(job) <= self.allowed:
+        if self.engine not in LAYOUTS or self._peak_tokens(job) <= self.budget.tokens:
             return None
         if job.samples > 1:
-            fitting = max(1, self.allowed // self._peak_tokens(job.part(slice(None), slice(1))))
+            fitting = max(1, self.budget.tokens // self._peak_tokens(job.part(slice(None), slice(1))))
             first = min(fitting, job.samples - 1)
             return job.part(slice(None), slice(first)), job.part(slice(None), slice(first, None))
         if len(job.cells) < 2:
@@ -105,14 +139,14 @@ class _Passes:
     def _split_smaller(self, job: Job, error: RuntimeError) -> tuple[Job, Job]:
         """Halves the budget below a pack that did not fit."""
         tokens = self._peak_tokens(job) if self.engine in LAYOUTS else 0
-        self.allowed = max(1, min(self.allowed, tokens) // 2)
-        halves = self._split(job)
-        if halves is None:
+        if max(1, len(job.cells)) * job.samples < 2 or self.engine not in LAYOUTS:
             raise EngineError(
                 f"out of memory on {self.anatomy.device} with one cell and one noise sample, {tokens} tokens: free "
                 "memory there, or load the model with device_map='auto'"
             ) from error
-        logger.warning("out of memory with %d tokens in a pass; going on with at most %d", tokens, self.allowed)
+        self.budget.lower(tokens)
+        halves = self._split(job)
+        assert halves is not None, "a job that needs more than the budget can be split"
         return halves
 
     def _peak_tokens(self, job: Job) -> int:

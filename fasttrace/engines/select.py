@@ -17,7 +17,7 @@ from fasttrace.adapters import Anatomy
 from fasttrace.adapters.families import NOT_PACKED
 from fasttrace.cells import Cell, Edit, window_of
 from fasttrace.corruption import draw, sigma_of
-from fasttrace.engines import ENGINES, reference
+from fasttrace.engines import ENGINES, PACKING, reference
 from fasttrace.engines.job import Job
 from fasttrace.errors import EngineError, FasttraceError
 from fasttrace.ops import fused
@@ -60,11 +60,13 @@ class _Checks:
         job: what it runs.
         expected: what plain forward passes give.
         found: by engine, what is wrong with it (None: nothing) and its error (None: it does not run).
+        sharing: by engine, why prompts do not share its passes (None: they do).
     """
 
     job: Job
     expected: Scores
     found: dict[str, tuple[str | None, float | None]] = field(default_factory=dict)
+    sharing: dict[str, str | None] = field(default_factory=dict)
 
 
 _CHECKS: WeakKeyDictionary[nn.Module, dict[tuple, _Checks]] = WeakKeyDictionary()
@@ -92,6 +94,24 @@ def choose(anatomy: Anatomy, engine: str = "auto", fuse: bool = True) -> EngineC
     if problem is not None:
         raise EngineError(f"engine {engine!r} {problem}; use engine='auto'")
     return EngineChoice(engine, f"asked for by name; {engine} passed the self-check", error)
+
+
+def shares_passes(anatomy: Anatomy, engine: str, fuse: bool = True) -> bool:
+    """Whether prompts of several lengths may share an engine's passes, checked once per model object.
+
+    Args:
+        anatomy: the model.
+        engine: one that `choose` chose.
+        fuse: whether fused operations are on.
+    """
+    if engine not in PACKING:
+        return False
+    checks = _checks_of(anatomy, fuse)
+    if engine not in checks.sharing:
+        checks.sharing[engine] = problem = _compare_shared(anatomy, checks, engine, fuse)
+        if problem is not None:
+            logger.warning("engine %s with several prompts in a pass %s: one prompt at a time", engine, problem)
+    return checks.sharing[engine] is None
 
 
 def order(anatomy: Anatomy) -> tuple[str, ...]:
@@ -181,6 +201,22 @@ def _compare(anatomy: Anatomy, checks: _Checks, name: str, fuse: bool) -> tuple[
     return f"differs from plain forward passes by {error:.1e} in log-probability (allowed {tolerance:.0e})", error
 
 
+def _compare_shared(anatomy: Anatomy, checks: _Checks, engine: str, fuse: bool) -> str | None:
+    """What is wrong when the self-check's prompt shares a pass with a shorter one, which comes first."""
+    short = _check_job(anatomy, n_positions=4)
+    jobs, tolerance = [short, checks.job], _tolerance(anatomy)
+    expected = [_plain_passes(anatomy, short), checks.expected]
+    try:
+        with fused(anatomy, fuse):
+            scores = PACKING[engine](anatomy, jobs, _no_tick)
+        error = max(_distance(given, wanted) for given, wanted in zip(scores, expected, strict=True))
+    except _RAISED as raised:
+        return f"does not run ({type(raised).__name__}: {_first_line(raised)})"
+    if error <= tolerance:
+        return None
+    return f"differs from plain forward passes by {error:.1e} in log-probability (allowed {tolerance:.0e})"
+
+
 def _distance(scores: Scores, expected: Scores) -> float:
     """Largest difference of log p: of the target over all cells, of the likeliest tokens over the base runs."""
     differences = [np.abs(_log(scores.cells) - _log(expected.cells)).max()]
@@ -199,12 +235,12 @@ def _log(probabilities: np.ndarray) -> np.ndarray:
     return np.log(np.maximum(probabilities.astype(np.float64), 1e-30))
 
 
-def _check_job(anatomy: Anatomy) -> Job:
+def _check_job(anatomy: Anatomy, n_positions: int = 6) -> Job:
     """A short prompt of arbitrary tokens, two noise samples, a few cells of every stream.
 
     The noise is strong, so that the runs differ widely and an error shows.
     """
-    n_positions = min(6, anatomy.max_positions or 6)
+    n_positions = min(n_positions, anatomy.max_positions or n_positions)
     ids = (torch.arange(n_positions) * 1013 + 7) % anatomy.vocabulary
     span = (min(1, n_positions - 1), min(3, n_positions))
     sigma = sigma_of("s10", anatomy.embedding, [ids[slice(*span)].tolist()], anatomy.device)

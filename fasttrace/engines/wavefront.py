@@ -52,9 +52,9 @@ def run(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
     return run_jobs(anatomy, [job], tick)[0]
 
 
-def run_jobs(anatomy: Anatomy, jobs: Sequence[Job], tick: Tick) -> list[Scores]:
-    """The same for the jobs of several prompts in one forward pass."""
-    return _run(anatomy, jobs, tick, ragged_attention)
+def run_jobs(anatomy: Anatomy, jobs: Sequence[Job], tick: Tick, pack: Pack | None = None) -> list[Scores]:
+    """The same for the jobs of several prompts in one forward pass; `pack` is theirs, if it has been made already."""
+    return _run(anatomy, jobs, tick, ragged_attention, pack)
 
 
 def run_fork(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
@@ -67,8 +67,10 @@ def run_fork(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
     return _run(anatomy, [job], tick, forked_attention)[0]
 
 
-def _run(anatomy: Anatomy, jobs: Sequence[Job], tick: Tick, attention: Attention) -> list[Scores]:
-    pack = pack_of_jobs(jobs, anatomy.n_layers, LAYOUT)
+def _run(
+    anatomy: Anatomy, jobs: Sequence[Job], tick: Tick, attention: Attention, pack: Pack | None = None
+) -> list[Scores]:
+    pack = pack or pack_of_jobs(jobs, anatomy.n_layers, LAYOUT)
     state = PackState(pack.base_rows, pack.width, kernel=attention_kernel(anatomy, pack))
     last_block = LastBlock(anatomy, pack)
     with ExitStack() as stack:

@@ -1,0 +1,259 @@
+"""Many prompts: encoded first, packed into common passes, planned ahead of the model, yielded as they finish.
+
+Facts are sorted by the shape of their prompts, so that those of one shape share a plan, and neighbours in a pack share
+their rectangles. What shares a pass depends on the facts and on the budget alone: packs can be computed in any order,
+by any process, with the same numbers.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fasttrace.cost import Cost
+from fasttrace.datasets import Fact, read_facts
+from fasttrace.engines import LAYOUTS
+from fasttrace.engines.job import Job, pack_of_jobs
+from fasttrace.engines.memory import Budget, tokens_allowed
+from fasttrace.engines.passes import run_together
+from fasttrace.engines.select import shares_passes
+from fasttrace.errors import NumericsError, PromptError
+from fasttrace.hooks import evaluating
+from fasttrace.ops import fused
+from fasttrace.packs import Pack
+from fasttrace.prompts import Prompt, token_text
+from fasttrace.readout import CHUNK_BYTES, Scores
+from fasttrace.stores import Record
+from fasttrace.sweeps import Sweep
+
+if TYPE_CHECKING:
+    from fasttrace.api import Tracer
+
+MOST_PROMPTS = 64
+"""In one pack; more would only make packs harder to deal out."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A fact as the model sees it."""
+
+    fact: Fact
+    prompt: Prompt
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Tokens and subject: prompts of one shape share a plan."""
+        return len(self.prompt.token_ids), *self.prompt.span
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is to share a pass.
+
+    Attributes:
+        facts: one or several.
+        jobs: theirs.
+        pack: theirs; None for one fact, whose engine plans it.
+    """
+
+    facts: Sequence[Encoded]
+    jobs: Sequence[Job]
+    pack: Pack | None
+
+
+@dataclass(frozen=True)
+class Study:
+    """How facts are traced.
+
+    Attributes:
+        sweep: what is done to each.
+        encode: a fact's prompt, subject and target as tokens; raises PromptError.
+        fuse: compute with fused operations.
+        budget: tokens of a pack.
+        require_correct: skip facts whose clean top token is not the start of the expected answer; of the others that
+            token is scored, as by the code published with Meng et al. (2022).
+        strict: raise at the first fact that cannot be traced.
+    """
+
+    sweep: Sweep
+    encode: Callable[[Fact], Prompt]
+    fuse: bool
+    budget: Budget
+    require_correct: bool = False
+    strict: bool = False
+
+    def encoded(self, facts: Iterable[Fact]) -> tuple[list[Encoded], list[Record]]:
+        """Facts as tokens, and those that cannot be.
+
+        Raises:
+            PromptError: one cannot be, and `strict`.
+        """
+        encoded, refused = [], []
+        for fact in facts:
+            try:
+                encoded.append(Encoded(fact, self.encode(fact)))
+            except PromptError as error:
+                if self.strict:
+                    raise PromptError(f"fact {fact.id!r}: {error}") from error
+                refused.append(Record(fact, reason=str(error)))
+        return encoded, refused
+
+    def known(self, facts: Sequence[Encoded]) -> tuple[list[Encoded], list[Record]]:
+        """Of facts that all have to be known by the model: those that are, and those that are skipped.
+
+        Those that are have the clean run's top token as target.
+        """
+        asked, skipped = [], []
+        for each, top in zip(facts, clean_tops(self.sweep, [each.prompt for each in facts]), strict=True):
+            if self._is_correct(each.fact, top) is False:
+                answer = token_text(self.sweep.tokenizer, top)
+                reason = f"the model goes on with {answer!r}, not with {each.fact.target!r}"
+                skipped.append(Record(each.fact, reason=reason, correct=False))
+            else:
+                asked.append(with_target(each, top))
+        return asked, skipped
+
+    def _is_correct(self, fact: Fact, top: int) -> bool | None:
+        if fact.target is None:
+            return None
+        start = token_text(self.sweep.tokenizer, top).strip()
+        return bool(start) and fact.target.strip().startswith(start)
+
+    def packed(self, facts: Iterable[Encoded]) -> list[list[Encoded]]:
+        """Which facts share a pass: neighbours of like shape, the longest first, within the budget."""
+        together = shares_passes(self.sweep.anatomy, self.sweep.choice.name, self.fuse)
+        packs: list[list[Encoded]] = []
+        room = 0
+        for each in sorted(facts, key=lambda each: (*each.shape, each.fact.id), reverse=True):
+            tokens = self.most_tokens(each.prompt)
+            if not together or tokens > room or len(packs[-1]) == MOST_PROMPTS:
+                packs.append([])
+                room = self.budget.tokens
+            packs[-1].append(each)
+            room -= tokens
+        return packs
+
+    def most_tokens(self, prompt: Prompt) -> int:
+        """Tokens that a prompt adds to a pack, at most: its base rows, and every cell's row from its position on."""
+        length, begin = len(prompt.token_ids), prompt.span[0]
+        suffixes = (length - begin) * (length - begin + 1) // 2
+        rows = len(self.sweep.windows) * self.sweep.anatomy.n_layers * suffixes
+        return (1 + self.sweep.samples) * length + self.sweep.samples * rows
+
+    def run(self, packs: Iterable[Sequence[Encoded]]) -> Iterator[list[Record]]:
+        """The records of pack after pack; while one is computed, the next is being planned.
+
+        Args:
+            packs: asked for one by one, one ahead of what is computed.
+        """
+        with ThreadPoolExecutor(1, "fasttrace-planner") as planner:
+            upcoming = None
+            for pack in packs:
+                current, upcoming = upcoming, planner.submit(self._planned, pack)
+                if current is not None:
+                    yield self._records(current.result())
+            if upcoming is not None:
+                yield self._records(upcoming.result())
+
+    def _planned(self, facts: Sequence[Encoded]) -> Planned:
+        jobs = [self.sweep.job(each.prompt) for each in facts]
+        pack = None
+        if len(jobs) > 1:
+            pack = pack_of_jobs(jobs, self.sweep.anatomy.n_layers, LAYOUTS[self.sweep.choice.name])
+        return Planned(facts, jobs, pack)
+
+    def _records(self, planned: Planned) -> list[Record]:
+        try:
+            found = self._scores(planned)
+        except NumericsError as error:
+            if len(planned.facts) == 1:
+                return [self._not_finite(planned.facts[0], error)]
+            alone = (
+                self._records(Planned([fact], [job], None))
+                for fact, job in zip(planned.facts, planned.jobs, strict=True)
+            )
+            return [record for records in alone for record in records]
+        return [self._record(fact, *each) for fact, each in zip(planned.facts, found, strict=True)]
+
+    def _scores(self, planned: Planned) -> list[tuple[Scores, Cost]]:
+        anatomy, name = self.sweep.anatomy, self.sweep.choice.name
+        with fused(anatomy, self.fuse and name != "reference"):
+            return run_together(name, anatomy, planned.jobs, self.budget, planned.pack)
+
+    def _record(self, each: Encoded, scores: Scores, cost: Cost) -> Record:
+        try:
+            result = self.sweep.result(each.prompt, scores, cost)
+        except NumericsError as error:
+            return self._not_finite(each, error)
+        return Record(each.fact, result, correct=self._is_correct(each.fact, int(scores.clean.argmax())))
+
+    def _not_finite(self, each: Encoded, error: NumericsError) -> Record:
+        if self.strict:
+            raise error
+        return Record(each.fact, reason=str(error))
+
+
+def study_of(
+    tracer: "Tracer",
+    facts: Any,
+    *,
+    streams: Sequence[str] | None = None,
+    window: int = 10,
+    noise: float | str = "s3",
+    noise_subjects: Sequence[str | Sequence[int]] | None = None,
+    samples: int = 10,
+    seed: int = 1,
+    engine: str = "auto",
+    budget: int | str = "auto",
+    require_correct: bool = False,
+    strict: bool = False,
+) -> tuple[Study, list[Encoded], list[Record]]:
+    """A study and its facts as tokens; see `Tracer.trace_many`."""
+    facts = read_facts(facts, strict=strict).facts
+    windows = tracer.windows(streams, window)
+    allowed = tokens_allowed(tracer.anatomy, budget)
+    subjects = [fact.subject for fact in facts] if noise_subjects is None else noise_subjects
+    sweep = tracer.sweep(windows, noise, subjects, samples, seed, engine)
+    encode = partial(_encode, tracer)
+    study = Study(sweep, encode, tracer.fuse, Budget(allowed), require_correct, strict)
+    return study, *study.encoded(facts)
+
+
+def _encode(tracer: "Tracer", fact: Fact) -> Prompt:
+    return tracer.encode(fact.prompt, fact.subject, fact.target, first_target_token=True, tell=False)
+
+
+def trace_all(study: Study, facts: Sequence[Encoded], known: Sequence[Record]) -> Iterator[Record]:
+    """What becomes of every fact, in this process."""
+    yield from known
+    if study.require_correct:
+        facts, skipped = study.known(facts)
+        yield from skipped
+    for records in study.run(study.packed(facts)):
+        yield from records
+
+
+def with_target(each: Encoded, target_id: int) -> Encoded:
+    """The same fact, with another token to score."""
+    return replace(each, prompt=replace(each.prompt, target_id=target_id))
+
+
+def clean_tops(sweep: Sweep, prompts: Sequence[Prompt]) -> list[int]:
+    """The most probable next token of each prompt, by plain forward passes over prompts of one length."""
+    anatomy = sweep.anatomy
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number].token_ids))
+    tops = [0] * len(prompts)
+    with evaluating(anatomy.model):
+        for length, same in groupby(order, key=lambda number: len(prompts[number].token_ids)):
+            numbers, size = list(same), max(1, CHUNK_BYTES // (4 * anatomy.vocabulary * length))
+            for begin in range(0, len(numbers), size):
+                part = numbers[begin : begin + size]
+                ids = torch.tensor([prompts[number].token_ids for number in part], device=anatomy.device)
+                found = anatomy.model(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1).tolist()
+                for number, top in zip(part, found, strict=True):
+                    tops[number] = top
+    return tops

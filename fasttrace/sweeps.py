@@ -1,0 +1,127 @@
+"""What is done to every prompt of a study, and what becomes of its scores."""
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from fasttrace.adapters import Anatomy, module_paths
+from fasttrace.cells import Cell, grid_cells
+from fasttrace.corruption import draw
+from fasttrace.cost import Cost
+from fasttrace.engines.job import Job
+from fasttrace.engines.select import EngineChoice
+from fasttrace.errors import NumericsError
+from fasttrace.prompts import Prompt, token_text
+from fasttrace.readout import Scores
+from fasttrace.results import TraceResult
+
+TOP_TOKENS = 100
+"""Next tokens kept of the clean and the corrupted run."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One way to trace prompts.
+
+    Attributes:
+        anatomy: the model.
+        tokenizer: its tokenizer; None without one.
+        windows: stream -> blocks restored together.
+        sigma: standard deviation of the noise.
+        samples, seed: of the noise.
+        choice: the engine.
+        about: further metadata of results.
+    """
+
+    anatomy: Anatomy
+    tokenizer: Any
+    windows: Mapping[str, int]
+    sigma: float
+    samples: int
+    seed: int
+    choice: EngineChoice
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def job(self, prompt: Prompt) -> Job:
+        """A prompt's cells and noise.
+
+        Raises:
+            PlanError: samples, sigma or seed cannot be used.
+        """
+        noise = draw(prompt.span, self.anatomy.d_model, sigma=self.sigma, samples=self.samples, seed=self.seed)
+        return Job(torch.tensor(prompt.token_ids), noise, self._cells(len(prompt.token_ids)), prompt.target_id)
+
+    def _cells(self, n_positions: int) -> tuple[Cell, ...]:
+        grids = (grid_cells(s, width, self.anatomy.n_layers, n_positions) for s, width in self.windows.items())
+        return tuple(cell for grid in grids for cell in grid)
+
+    def result(self, prompt: Prompt, scores: Scores, cost: Cost) -> TraceResult:
+        """The grids of a prompt.
+
+        Raises:
+            NumericsError: a probability is NaN.
+        """
+        if not np.isfinite(scores.cells).all():
+            raise NumericsError(
+                f"probabilities came out as NaN in {self.anatomy.dtype}; try dtype='bfloat16' or 'float32'"
+            )
+        grids = scores.cells.reshape(len(self.windows), self.anatomy.n_layers, len(prompt.token_ids), -1)
+        low = scores.corrupted[:, scores.target].astype(np.float64)
+        return TraceResult(
+            prob=dict(zip(self.windows, grids.mean(-1), strict=True)),
+            prob_std=dict(zip(self.windows, grids.std(-1), strict=True)),
+            clean_prob=float(scores.clean[scores.target]),
+            corrupted_prob=float(low.mean()),
+            corrupted_std=float(low.std()),
+            tokens=prompt.tokens,
+            token_ids=prompt.token_ids,
+            span=prompt.span,
+            target=None if self.tokenizer is None else token_text(self.tokenizer, scores.target),
+            target_id=scores.target,
+            top={"clean": self._top(scores.clean), "corrupted": self._top(scores.corrupted.mean(0))},
+            windows=dict(self.windows),
+            cost=cost,
+            metadata=self._metadata(prompt),
+        )
+
+    def _top(self, distribution: np.ndarray) -> tuple[tuple[int, str, float], ...]:
+        best = np.argpartition(-distribution, min(TOP_TOKENS, len(distribution) - 1))[:TOP_TOKENS]
+        best = best[np.lexsort((best, -distribution[best]))]
+        return tuple((int(i), token_text(self.tokenizer, int(i)), float(distribution[i])) for i in best)
+
+    def _metadata(self, prompt: Prompt) -> dict[str, Any]:
+        return {
+            **self.about,
+            "prompt": prompt.text,
+            "subject": prompt.subject,
+            "notes": list(prompt.notes),
+            "sigma": self.sigma,
+            "samples": self.samples,
+            "seed": self.seed,
+            "dtype": str(self.anatomy.dtype).removeprefix("torch."),
+            "device": str(self.anatomy.device),
+            "attention": str(self.anatomy.config._attn_implementation),
+            "modules": module_paths(self.anatomy),
+            "engine": self.choice.name,
+            "engine_reason": self.choice.reason,
+            "self_check_error": self.choice.self_check_error,
+            "versions": versions(),
+        }
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers depend on."""
+    from fasttrace import __version__
+
+    return {
+        "fasttrace": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }

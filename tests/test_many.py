@@ -1,0 +1,219 @@
+"""Many prompts give what each gives alone, whatever shares a pass."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+import fasttrace
+from fasttrace import NumericsError, PromptError, many
+from fasttrace.datasets import Fact
+from fasttrace.engines import select, wavefront
+from fasttrace.many import study_of, trace_all
+from tests.test_api import tracer_with_text
+
+FACTS = [
+    Fact("needle", "The Space Needle is in downtown", "The Space Needle", "Seattle"),
+    Fact("tower", "In Paris is the Tower", "Paris", "of"),
+    Fact("rome", "The Forum is in", "The Forum", "Rome"),
+    Fact("rome-2", "The Opera is in", "The Opera", "Milan"),
+    Fact("short", "Needle is", "Needle", None),
+    Fact("tree", "The Tree is in downtown", "The Tree", "Seattle"),
+]
+OPTIONS = {"samples": 2, "window": 3, "noise": 1.0}
+
+
+def by_id(records):
+    found = {record.fact.id: record for record in records}
+    assert len(found) == len(FACTS)
+    return found
+
+
+def assert_same_grids(result, expected, tolerance=1e-5):
+    assert result.target_id == expected.target_id
+    assert result.tokens == expected.tokens
+    for stream in expected.streams:
+        np.testing.assert_allclose(result.prob[stream], expected.prob[stream], rtol=tolerance)
+        np.testing.assert_allclose(result.prob_std[stream], expected.prob_std[stream], atol=1e-6)
+    assert result.clean_prob == pytest.approx(expected.clean_prob, rel=tolerance)
+    assert result.corrupted_prob == pytest.approx(expected.corrupted_prob, rel=tolerance)
+
+
+@pytest.mark.parametrize("engine", ["auto", "fork", "rows"])
+def test_many_prompts_give_what_each_gives_alone(family, engine):
+    tracer = tracer_with_text(family)
+    for record in tracer.trace_many(FACTS, engine=engine, **OPTIONS):
+        fact = record.fact
+        alone = tracer.trace(fact.prompt, subject=fact.subject, target=fact.target, first_target_token=True, **OPTIONS)
+        assert_same_grids(record.result, alone)
+        assert record.result.cost == alone.cost or engine == "rows"
+
+
+def test_the_wavefront_takes_all_of_them_in_one_pass(family, monkeypatch):
+    tracer, passes = tracer_with_text(family), []
+    tracer.choose_engine()
+    right = wavefront._run
+    monkeypatch.setattr(wavefront, "_run", lambda a, jobs, *rest: passes.append(len(jobs)) or right(a, jobs, *rest))
+    study, encoded, refused = study_of(tracer, FACTS, **OPTIONS)
+    packs = study.packed(encoded)
+    passes.clear()
+    by_id(trace_all(study, encoded, refused))
+    assert passes == [len(pack) for pack in packs] == [len(FACTS)]
+
+
+@pytest.mark.parametrize("budget", [100, 400, 1000])
+def test_every_budget_gives_the_same_grids_and_is_kept(family, budget, monkeypatch):
+    tracer, packs = tracer_with_text(family), []
+    expected = by_id(tracer.trace_many(FACTS, **OPTIONS))
+    right = wavefront.LastBlock
+    monkeypatch.setattr(
+        wavefront, "LastBlock", lambda anatomy, pack: packs.append(pack.blocks[-1].n_tokens) or right(anatomy, pack)
+    )
+    found = by_id(tracer.trace_many(FACTS, budget=budget, **OPTIONS))
+    assert max(packs) <= budget
+    for name, record in found.items():
+        assert_same_grids(record.result, expected[name].result)
+
+
+def test_packs_do_not_depend_on_the_order_of_the_facts(family):
+    tracer = tracer_with_text(family)
+    ids = []
+    for facts in (FACTS, FACTS[::-1]):
+        study, encoded, _ = study_of(tracer, facts, budget=1000, **OPTIONS)
+        ids.append([[each.fact.id for each in pack] for pack in study.packed(encoded)])
+    assert ids[0] == ids[1]
+    assert len(ids[0]) > 1
+
+
+def test_memory_that_runs_out_halves_the_budget_and_loses_nothing(family, monkeypatch, caplog):
+    tracer, tried = tracer_with_text(family), []
+    expected = by_id(tracer.trace_many(FACTS, **OPTIONS))
+    right = wavefront._run
+
+    def out_of_memory(anatomy, jobs, *rest):
+        tokens = sum(len(job.token_ids) for job in jobs)
+        tried.append(tokens)
+        if tokens > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return right(anatomy, jobs, *rest)
+
+    monkeypatch.setattr(wavefront, "_run", out_of_memory)
+    with caplog.at_level(logging.WARNING, "fasttrace"):
+        found = by_id(tracer.trace_many(FACTS, **OPTIONS))
+    assert "out of memory" in caplog.text
+    assert max(tried) > 20
+    for name, record in found.items():
+        assert_same_grids(record.result, expected[name].result)
+
+
+def test_a_fact_that_cannot_be_traced_is_kept_with_the_reason(family):
+    tracer = tracer_with_text(family)
+    bad = Fact("long", "needle " * 600, "needle needle", "x")
+    records = list(tracer.trace_many([*FACTS, Fact("absent", "The Needle", "The Needle", "")], **OPTIONS))
+    assert len(records) == len(FACTS)  # a malformed row is told by the data set
+    study, _, _ = study_of(tracer, FACTS, **OPTIONS)
+    _, skipped = study.encoded([bad])
+    assert skipped[0].result is None
+    assert "positions" in skipped[0].reason or "occurs" in skipped[0].reason
+    with pytest.raises(PromptError, match="'long'"):
+        study_of(tracer, FACTS, strict=True, **OPTIONS)[0].encoded([bad])
+
+
+def test_only_facts_that_the_model_knows_are_traced_when_asked_to(family):
+    tracer = tracer_with_text(family)
+    tops = {record.fact.id: record.result.top["clean"][0] for record in tracer.trace_many(FACTS, **OPTIONS)}
+    known = [
+        Fact(fact.id, fact.prompt, fact.subject, tops[fact.id][1].strip() + "ish" if number % 2 else "~never~")
+        for number, fact in enumerate(FACTS)
+    ]
+    usable = [fact for fact in known if fact.target != "ish"]
+    for record in tracer.trace_many(usable, require_correct=True, **OPTIONS):
+        if record.fact.target == "~never~":
+            assert record.result is None
+            assert record.correct is False
+            assert "not with '~never~'" in record.reason
+        else:
+            assert record.correct is True
+            assert record.result.target_id == tops[record.fact.id][0]
+
+
+def test_noise_is_measured_on_the_subjects_of_all_facts(family):
+    tracer = tracer_with_text(family)
+    sigmas = {record.result.metadata["sigma"] for record in tracer.trace_many(FACTS, samples=1, window=3)}
+    assert len(sigmas) == 1
+    alone = next(iter(tracer.trace_many(FACTS[:1], samples=1, window=3))).result.metadata["sigma"]
+    assert sigmas != {alone}
+
+
+def test_infinities_in_one_prompt_spare_the_others(family):
+    tracer = tracer_with_text(family)
+    weight = tracer.model.get_input_embeddings().weight.data
+    of_others = {i for fact in FACTS if fact.id != "rome" for i in tracer.tokenizer(fact.prompt).input_ids}
+    token = next(i for i in tracer.tokenizer("Forum").input_ids if i not in of_others)
+    tracer.choose_engine()
+    saved = weight[token].clone()
+    try:
+        weight[token] = float("nan")
+        records = by_id(tracer.trace_many(FACTS, **OPTIONS))
+        with pytest.raises(NumericsError):
+            list(tracer.trace_many(FACTS, strict=True, **OPTIONS))
+    finally:
+        weight[token] = saved
+    assert "inf or NaN" in records["rome"].reason
+    assert all(record.result is not None for name, record in records.items() if name != "rome")
+
+
+def test_a_family_that_is_wrong_with_company_is_traced_alone(family, monkeypatch, caplog):
+    tracer = tracer_with_text(family)
+    right = wavefront.run_jobs
+
+    def wrong(anatomy, jobs, *rest):
+        scores = right(anatomy, jobs, *rest)
+        if len(jobs) > 1:
+            scores[1].cells[:] *= 1.1
+        return scores
+
+    monkeypatch.setattr(select, "_CHECKS", type(select._CHECKS)())
+    monkeypatch.setitem(select.PACKING, "wavefront", wrong)
+    with caplog.at_level(logging.WARNING, "fasttrace"):
+        study, encoded, _ = study_of(tracer, FACTS, **OPTIONS)
+        assert all(len(pack) == 1 for pack in study.packed(encoded))
+    assert "one prompt at a time" in caplog.text
+
+
+def test_the_next_pack_is_planned_while_one_is_computed(family, monkeypatch):
+    tracer, events = tracer_with_text(family), []
+    monkeypatch.setattr(many, "MOST_PROMPTS", 1)
+    study, encoded, _ = study_of(tracer, FACTS, **OPTIONS)
+    asked = iter(study.packed(encoded))
+
+    def packs():
+        for pack in asked:
+            events.append("asked")
+            yield pack
+
+    for _ in study.run(packs()):
+        events.append("done")
+    assert events[:3] == ["asked", "asked", "done"]
+    assert events.count("done") == len(FACTS)
+
+
+def test_a_set_without_facts_is_refused(family):
+    with pytest.raises(PromptError, match="no facts"):
+        tracer_with_text(family).trace_many([])
+
+
+def test_the_clean_top_token_is_found_for_prompts_of_any_length(family):
+    tracer = tracer_with_text(family)
+    study, encoded, _ = study_of(tracer, FACTS, **OPTIONS)
+    tops = many.clean_tops(study.sweep, [each.prompt for each in encoded])
+    for each, top in zip(encoded, tops, strict=True):
+        assert top == tracer.trace(each.fact.prompt, subject=each.fact.subject, samples=1, noise=1.0).top["clean"][0][0]
+
+
+def test_records_are_given_as_soon_as_they_are_known(family, monkeypatch):
+    monkeypatch.setattr(many, "MOST_PROMPTS", 1)
+    records = tracer_with_text(family).trace_many(FACTS, **OPTIONS)
+    assert isinstance(next(records).result, fasttrace.TraceResult)
+    records.close()
