@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 COMPILED := $(wildcard tests/kernels/compile_*.py)
 
-.PHONY: help demo test check format kernels kernels-interpreted families bench bench-peers clean
+.PHONY: help demo test check format kernels kernels-interpreted families bench bench-peers bench-gpu clean
 .DELETE_ON_ERROR:
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make families     every engine on every causal type of transformers, into docs/families.md (for the night)"
 	@echo "make bench        measure this machine"
 	@echo "make bench-peers  compare with other tools"
+	@echo "make bench-gpu    test and measure this machine's GPU in nine minutes; PYTHON has torch, nothing is installed"
 	@echo "make clean        remove .venv, caches and out/"
 	@echo 'ARGS="..." is passed on, e.g. make test ARGS="-k cli -x"'
 
@@ -53,6 +54,10 @@ bench: $(VENV)/.with-bench
 
 bench-peers: $(VENV)/.with-peers
 	$(BIN)/python -m bench.peers $(ARGS)
+
+# Without .venv: a GPU machine has the torch that fits its driver, and often no package index.
+bench-gpu:
+	PYTHON="$(PYTHON)" bash bench/gpu.sh $(ARGS)
 
 clean:
 	rm -rf $(VENV) out build dist .pytest_cache .ruff_cache .hypothesis .benchmarks

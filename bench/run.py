@@ -125,9 +125,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for case in cases:
         try:
             measured = measure_case(case, ceilings[case.dtype], how)
-        except REFUSED as refused:
-            print(f"\n{case.summary()}\n  refused        {refused}", flush=True)
-            report["refused"].append({"case": case.name, "dtype": case.dtype_name, "why": str(refused)})
+        except Exception as refused:  # one case that does not run is no reason to lose the others
+            why = str(refused) if isinstance(refused, REFUSED) else f"{type(refused).__name__}: {refused}"
+            print(f"\n{case.summary()}\n  refused        {why}", flush=True)
+            report["refused"].append({"case": case.name, "dtype": case.dtype_name, "why": why})
         else:
             print_measured(measured)
             report["cases"].append(asdict(measured))
