@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,14 +15,27 @@ import pyarrow.parquet as pq
 
 from fasttrace.errors import StoreError
 
-__all__ = ["FORMAT_VERSION", "atomic_write", "read_parquet", "write_parquet"]
+__all__ = [
+    "FORMAT_VERSION",
+    "SCHEMA_KEY",
+    "TEMPORARY",
+    "atomic_write",
+    "read_parquet",
+    "remove_stale",
+    "set_aside",
+    "write_new",
+    "write_parquet",
+]
 
 FORMAT_VERSION = 1
 SCHEMA_KEY = b"fasttrace"
+TEMPORARY = ".fasttrace-"
+HOUR = 3600.0
+WRITABLE = "give a path in a folder you may write to"
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str], advice: str = WRITABLE) -> Iterator[Path]:
     """Lends a temporary path beside ``path`` and renames it to ``path`` once the block has ended well.
 
     So a reader sees the old file or the whole new one. The folder is made when missing; the temporary file
@@ -29,6 +43,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Args:
         path: the file to appear; an existing one is replaced.
+        advice: how the message ends when the file cannot be written: what to do.
 
     Yields:
         The temporary path; the block has to create a file there.
@@ -37,14 +52,44 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         StoreError: the file cannot be written or renamed.
     """
     path = Path(path)
-    temporary = path.with_name(f".fasttrace-{secrets.token_hex(8)}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _scratch(path, advice) as temporary:
         yield temporary
         _sync(temporary)
         os.replace(temporary, path)
+        _sync_folder(path.parent)
+
+
+def write_new(path: str | os.PathLike[str], content: bytes, advice: str = WRITABLE) -> bool:
+    """Writes a file unless there is one, whole or not at all, even when two processes try at once.
+
+    Args:
+        path: the file to appear; an existing one stays as it is.
+        content: its bytes.
+        advice: how the message ends when the file cannot be written: what to do.
+
+    Returns:
+        True when this call made the file, False when there was one already.
+
+    Raises:
+        StoreError: the file cannot be written.
+    """
+    path = Path(path)
+    with _scratch(path, advice) as temporary:
+        temporary.write_bytes(content)
+        _sync(temporary)
+        made = _link(temporary, path)
+        _sync_folder(path.parent)
+    return made
+
+
+@contextmanager
+def _scratch(path: Path, advice: str) -> Iterator[Path]:
+    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
     except OSError as error:
-        raise StoreError(f"cannot write {path} ({error}): give a path in a folder you may write to") from error
+        raise StoreError(f"cannot write {path} ({error}): {advice}") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -55,6 +100,66 @@ def _sync(path: Path) -> None:
     # write, because Windows syncs no other.
     with path.open("r+b") as file:
         os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    # Makes the new name last through a power cut. Some systems open or sync no folders; the file is whole anyway.
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _link(temporary: Path, path: Path) -> bool:
+    try:
+        os.link(temporary, path)
+    except OSError:
+        # The name is taken; or a file system without hard links, where a rename has to do.
+        if path.exists():
+            return False
+        os.replace(temporary, path)
+    return True
+
+
+def remove_stale(folder: Path, age: float = HOUR) -> None:
+    """Removes temporary files that killed processes left in a folder.
+
+    Args:
+        folder: whose files to look at; not those below it.
+        age: seconds since a file was last written; a living process is done with one long before an hour.
+    """
+    for path in folder.glob(f"{TEMPORARY}*"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > age:
+                path.unlink()
+
+
+def set_aside(path: Path, folder: Path) -> Path | None:
+    """Moves a damaged file into a folder, where it replaces no other.
+
+    Args:
+        path: the file.
+        folder: made when missing, on the same disk.
+
+    Returns:
+        Where it is now; None when another process had moved it already.
+
+    Raises:
+        StoreError: it cannot be moved.
+    """
+    target = folder / path.name
+    if target.exists():
+        target = folder / f"{path.stem}-{secrets.token_hex(4)}{path.suffix}"
+    try:
+        folder.mkdir(exist_ok=True)
+        os.replace(path, target)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StoreError(f"cannot move the damaged {path} ({error}): move it away, then run again") from error
+    return target
 
 
 def write_parquet(path: str | os.PathLike[str], frame: pd.DataFrame, payload: Mapping[str, Any]) -> None:

@@ -1,0 +1,196 @@
+"""Manifest: what a store holds, as JSON that people can read and that shows when it was changed by hand.
+
+    {
+      "format_version": 1,
+      "fingerprint": {"model": "gpt2-xl", "sigma": 0.135, "samples": 10, ..., "versions": {"torch": "2.7.0"}},
+      "facts": {"name": "known_1000", "n_facts": 1209, "bad_rows": []},
+      "checksum": "..."
+    }
+
+The fingerprint is all that changes a run's numbers; ``versions`` in it are noted but not compared. ``facts``
+says what the run was asked for. The checksum is the SHA-256 of all the rest.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fasttrace.errors import StoreError
+from fasttrace.files import atomic_write, write_new
+
+__all__ = [
+    "STORE_VERSION",
+    "check_fingerprint",
+    "differences",
+    "join_manifest",
+    "plain_json",
+    "read_manifest",
+    "write_manifest",
+]
+
+STORE_VERSION = 1
+VERSIONS = "versions"
+GO_ON = "free some space or make the folder writable, then start the same run again: it goes on where it stopped"
+_ABSENT = object()
+
+
+def join_manifest(path: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Makes the manifest of a new store, or joins the run whose manifest is there.
+
+    Of several processes that do this at once one makes it, and all read the same.
+
+    Args:
+        path: the manifest.
+        fingerprint: plain JSON values.
+
+    Returns:
+        The manifest that is in the folder now.
+
+    Raises:
+        StoreError: it cannot be written or read, was edited, is of a newer format, or is of another run.
+    """
+    if not os.path.exists(path):
+        write_new(path, _text({"format_version": STORE_VERSION, "fingerprint": fingerprint, "facts": {}}), GO_ON)
+    manifest = read_manifest(path)
+    check_fingerprint(manifest["fingerprint"], fingerprint, str(path.parent))
+    return manifest
+
+
+def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Replaces the manifest, whole or not at all.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    with atomic_write(path, GO_ON) as temporary:
+        temporary.write_bytes(_text(manifest))
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Reads a manifest and checks that it is what was written.
+
+    Returns:
+        ``format_version``, ``fingerprint`` and ``facts``.
+
+    Raises:
+        StoreError: no such file, no manifest, of a newer format, or edited.
+    """
+    manifest = _load(path)
+    version = manifest.get("format_version")
+    if isinstance(version, int) and version > STORE_VERSION:
+        raise StoreError(
+            f"{path.parent} is a store of format version {version}, this fasttrace reads up to {STORE_VERSION}: "
+            "upgrade fasttrace, or give another folder"
+        )
+    checksum = manifest.pop("checksum", None)
+    if checksum != _checksum(manifest) or not isinstance(manifest.get("fingerprint"), dict):
+        raise StoreError(
+            f"{path} was edited or damaged (its checksum is {_checksum(manifest)[:8]}, it says {str(checksum)[:8]}): "
+            "undo the edit; or delete that file and run again, the parts are then compared with that run"
+        )
+    return manifest
+
+
+def check_fingerprint(there: Mapping[str, Any], here: Mapping[str, Any], where: str) -> None:
+    """Refuses a run that would give other numbers than the ones that are there.
+
+    Args:
+        there: the fingerprint that was found.
+        here: that of this run.
+        where: what holds the first one.
+
+    Raises:
+        StoreError: it lists what differs.
+    """
+    found = differences(_without_versions(there), _without_versions(here))
+    if found:
+        raise StoreError(
+            f"{where} holds another run ({'; '.join(found)}): give another folder, or run with the values that it "
+            "was made with"
+        )
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Spells out what differs, one entry a value: ``"sigma 0.13 there, 0.15 here"``.
+
+    A sigma may differ by one part in a million: a measured one does, between versions of torch.
+
+    Args:
+        there: plain JSON values, nested or not.
+        here: those to compare with.
+
+    Returns:
+        One string per difference; none when they agree.
+    """
+    left, right = _flat(there), _flat(here)
+    keys = [key for key in left | right if not _same(key, left.get(key, _ABSENT), right.get(key, _ABSENT))]
+    return [f"{key} {_shown(left, key)} there, {_shown(right, key)} here" for key in keys]
+
+
+def plain_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Turns values into what JSON gives back: tuples into lists, numbers of numpy into plain ones.
+
+    Raises:
+        StoreError: a value that JSON cannot hold.
+    """
+    return json.loads(json.dumps(dict(values), default=_plain_number))
+
+
+def _plain_number(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise StoreError(f"{value!r} is to go into a manifest, which is JSON: give it as a string or a number")
+
+
+def _load(path: Path) -> dict[str, Any]:
+    if not os.path.isfile(path):
+        found = f"no {path.name}" if os.path.isdir(path.parent) else "no folder"
+        raise StoreError(f"{found} at {path.parent}: expected a folder written by 'fasttrace run'; check the path")
+    try:
+        manifest = json.loads(path.read_bytes())
+    except OSError as error:
+        raise StoreError(f"cannot read {path} ({error}): make it readable") from error
+    except ValueError as error:
+        manifest = error
+    if not isinstance(manifest, dict):
+        raise StoreError(
+            f"{path} is no manifest of fasttrace, or a damaged one: give another folder; or, if parts lie beside it, "
+            "delete that file and run again, the parts are then compared with that run"
+        )
+    return manifest
+
+
+def _text(manifest: Mapping[str, Any]) -> bytes:
+    return (json.dumps({**manifest, "checksum": _checksum(manifest)}, indent=2) + "\n").encode()
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _without_versions(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fingerprint.items() if key != VERSIONS}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+def _same(key: str, left: Any, right: Any) -> bool:
+    if not (isinstance(left, float) and isinstance(right, float)):
+        return left == right
+    close = key.rpartition(".")[2] == "sigma" and math.isclose(left, right, rel_tol=1e-6)
+    return close or left == right or (math.isnan(left) and math.isnan(right))
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return repr(values[key]) if key in values else "nothing"

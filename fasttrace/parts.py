@@ -1,0 +1,304 @@
+"""Parts: some records as one parquet file, in a table that any tool can read.
+
+A row is a fact. The columns:
+
+    id, prompt, subject, target, foil, relation   the fact as it was given (string)
+    status           "traced" or "skipped"
+    reason           why it was skipped
+    correct          whether the clean run's top token starts the expected answer (bool)
+    tokens           the prompt's tokens as text (list of string)
+    token_ids        their ids (list of int64)
+    span_start       first token of the subject (int64)
+    span_stop        the one after its last
+    target_token     the token that was scored, as text
+    target_id        its id (int64)
+    clean_prob       p(target) of the clean run (double)
+    corrupted_prob   p(target) of the corrupted run, averaged over samples
+    corrupted_std    its standard deviation over samples
+    n_layers         blocks of the model: rows of a grid (int64)
+    n_positions      tokens of the prompt: columns of a grid
+    prob_STREAM      the stream's grid: p(target) with that cell restored (list of n_layers * n_positions double,
+                     layer by layer: the cell of layer l and position p is number l * n_positions + p, from 0)
+    std_STREAM       its standard deviation over samples, in the same order
+    details          the rest as JSON: streams (in order), top, cost, windows, metadata, and under "exact" those texts
+                     that are not valid Unicode, which the columns show with "?"
+
+A skipped fact has null from ``tokens`` on, ``details`` excepted. Every column is in every part of a run, so
+``pandas.read_parquet("DIR/parts")`` and ``SELECT * FROM 'DIR/parts/*.parquet'`` read the whole run; a fact that two
+processes traced at the same time is in two parts. The schema's metadata keeps the run's fingerprint.
+
+A part is named ``part-RANK-NUMBER-TOKEN-SUM.parquet``: SUM is the start of its SHA-256, which finds any damage,
+also where parquet's own checksums do not look.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fasttrace.cost import Cost
+from fasttrace.datasets import Fact
+from fasttrace.errors import StoreError
+from fasttrace.files import SCHEMA_KEY
+from fasttrace.manifest import STORE_VERSION
+from fasttrace.results import TraceResult
+
+__all__ = [
+    "FACT_COLUMNS",
+    "PLAIN_COLUMNS",
+    "DamagedPartError",
+    "Record",
+    "as_utf8",
+    "decode_record",
+    "encode_part",
+    "part_name",
+    "read_part",
+]
+
+FACT_COLUMNS = ("id", "prompt", "subject", "target", "foil", "relation")
+PLAIN_COLUMNS = pa.schema(
+    [
+        *((name, pa.string()) for name in FACT_COLUMNS),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("correct", pa.bool_()),
+        ("tokens", pa.list_(pa.string())),
+        ("token_ids", pa.list_(pa.int64())),
+        ("span_start", pa.int64()),
+        ("span_stop", pa.int64()),
+        ("target_token", pa.string()),
+        ("target_id", pa.int64()),
+        ("clean_prob", pa.float64()),
+        ("corrupted_prob", pa.float64()),
+        ("corrupted_std", pa.float64()),
+        ("n_layers", pa.int64()),
+        ("n_positions", pa.int64()),
+    ]
+)
+SHORT_SUM = 16
+NAME = re.compile(r"part-\d{3,}-\d{6,}-[0-9a-f]{8}-([0-9a-f]{16})\.parquet")
+
+
+class DamagedPartError(StoreError):
+    """A part is not what was written, or gone."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What became of one fact.
+
+    Attributes:
+        fact: as it was given.
+        result: its trace; None if it was skipped.
+        reason: why it was skipped; None if it was traced.
+        correct: whether the clean run's top token is the start of the expected answer; None if there is none.
+    """
+
+    fact: Fact
+    result: TraceResult | None = None
+    reason: str | None = None
+    correct: bool | None = None
+
+
+def part_name(content: bytes, rank: int, number: int) -> str:
+    """Names a part so that no other has its name and that damage shows.
+
+    Args:
+        content: the part.
+        rank: the process's rank.
+        number: how many parts it wrote before.
+
+    Returns:
+        The file's name.
+    """
+    return f"part-{rank:03d}-{number:06d}-{secrets.token_hex(4)}-{_sum(content)}.parquet"
+
+
+def encode_part(records: Sequence[Record], streams: Iterable[str], fingerprint: Mapping[str, Any]) -> bytes:
+    """Turns records into the bytes of a part.
+
+    Args:
+        records: each traced or skipped.
+        streams: those that have columns whether or not a record has them.
+        fingerprint: the run's, plain JSON values.
+
+    Returns:
+        A parquet file.
+
+    Raises:
+        StoreError: a record is neither traced nor skipped, or its id cannot be written.
+    """
+    rows = [_row(record) for record in records]
+    schema = _schema(dict.fromkeys([*streams, *(stream for record in records for stream in _streams(record))]))
+    payload = json.dumps({"format_version": STORE_VERSION, "fingerprint": fingerprint}).encode()
+    table = pa.Table.from_pylist(rows, schema.with_metadata({SCHEMA_KEY: payload}))
+    sink = pa.BufferOutputStream()
+    # Grids hardly repeat a number: a dictionary of them costs more than it saves.
+    repeated: Any = ["relation", "status", "reason"]
+    pq.write_table(table, sink, compression="zstd", use_dictionary=repeated, write_page_checksum=True)
+    return sink.getvalue().to_pybytes()
+
+
+def read_part(path: Path, columns: Sequence[str] | None = None) -> tuple[pa.Table, dict[str, Any]]:
+    """Reads a part after checking every byte of it.
+
+    Args:
+        path: the part.
+        columns: those to decode; None for all.
+
+    Returns:
+        The table, a row per fact, and the fingerprint of the run that wrote it.
+
+    Raises:
+        DamagedPartError: it is not what was written, or gone.
+        StoreError: it may not be read, or a newer fasttrace wrote it.
+    """
+    content = _checked_bytes(path)
+    try:
+        table = pq.ParquetFile(pa.BufferReader(content)).read(columns, use_threads=False)
+        payload = json.loads((table.schema.metadata or {})[SCHEMA_KEY])
+        version, fingerprint = payload["format_version"], payload["fingerprint"]
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise DamagedPartError(f"{path} is no part of a store ({error!r}): run again") from error
+    if version > STORE_VERSION:
+        raise StoreError(
+            f"{path} has format version {version}, this fasttrace reads up to {STORE_VERSION}: upgrade fasttrace"
+        )
+    return table, fingerprint
+
+
+def decode_record(table: pa.Table, row: int) -> Record:
+    """Turns one row of a part into the record it was made from.
+
+    Args:
+        table: a part, with all its columns.
+        row: number of the row.
+
+    Returns:
+        A record equal to the one that was written.
+    """
+    cells = {name: table.column(name)[row].as_py() for name in PLAIN_COLUMNS.names}
+    details = json.loads(table.column("details")[row].as_py())
+    cells |= details["exact"]
+    fact = Fact(**{name: cells[name] for name in FACT_COLUMNS})
+    result = None
+    if cells["status"] == "traced":
+        prob, std = (_grids(table, row, value, details["streams"]) for value in ("prob", "std"))
+        result = _result(cells, details, prob, std)
+    return Record(fact, result, cells["reason"], cells["correct"])
+
+
+def as_utf8(text: Any) -> Any:
+    """Gives a text, or a list of them, as Arrow can hold it: lone surrogates become "?"; other values stay."""
+    if isinstance(text, list):
+        return [as_utf8(item) for item in text]
+    # Arrow strings are UTF-8, which has no lone surrogates; the JSON in `details` keeps them.
+    return text.encode("utf-8", "replace").decode("utf-8") if isinstance(text, str) else text
+
+
+def _sum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:SHORT_SUM]
+
+
+def _checked_bytes(path: Path) -> bytes:
+    named = NAME.fullmatch(path.name)
+    if named is None:
+        raise DamagedPartError(f"{path} does not have a part's name: leave parts as they are named")
+    try:
+        content = path.read_bytes()
+    except PermissionError as error:
+        raise StoreError(f"cannot read {path} ({error}): make it readable") from error
+    except OSError as error:
+        raise DamagedPartError(f"cannot read {path} ({error}): run again") from error
+    if _sum(content) != named[1]:
+        raise DamagedPartError(f"{path} is cut short or damaged (its checksum is {_sum(content)}): run again")
+    return content
+
+
+def _streams(record: Record) -> tuple[str, ...]:
+    return () if record.result is None else record.result.streams
+
+
+def _schema(streams: Iterable[str]) -> pa.Schema:
+    names = [f"{value}_{stream}" for stream in streams for value in ("prob", "std")]
+    grids = [pa.field(name, pa.list_(pa.float64())) for name in names]
+    return pa.schema([*PLAIN_COLUMNS, *grids, pa.field("details", pa.string())])
+
+
+def _row(record: Record) -> dict[str, Any]:
+    _check(record)
+    cells = {name: getattr(record.fact, name) for name in FACT_COLUMNS}
+    cells |= {"status": "skipped" if record.result is None else "traced"}
+    cells |= {"reason": record.reason, "correct": record.correct}
+    details: dict[str, Any] = {}
+    if record.result is not None:
+        cells |= _cells(record.result)
+        details = _details(record.result)
+    texts = {name: as_utf8(value) for name, value in cells.items() if isinstance(value, str | list)}
+    details["exact"] = {name: cells[name] for name, text in texts.items() if text != cells[name]}
+    return cells | texts | {"details": json.dumps(details)}
+
+
+def _check(record: Record) -> None:
+    name = record.fact.id
+    if (record.result is None) == (record.reason is None):
+        found = "neither a result nor a reason" if record.result is None else "a result and a reason why it was skipped"
+        raise StoreError(f"fact {name!r} has {found}: give one of the two")
+    if as_utf8(name) != name:
+        raise StoreError(f"fact id {name!r} is not valid Unicode, so no table can hold it: give it another id")
+
+
+def _cells(result: TraceResult) -> dict[str, Any]:
+    grids = {f"prob_{stream}": grid.ravel() for stream, grid in result.prob.items()}
+    return (
+        grids
+        | {f"std_{stream}": grid.ravel() for stream, grid in result.prob_std.items()}
+        | {
+            "tokens": list(result.tokens),
+            "token_ids": result.token_ids,
+            "span_start": result.span[0],
+            "span_stop": result.span[1],
+            "target_token": result.target,
+            "target_id": result.target_id,
+            "clean_prob": result.clean_prob,
+            "corrupted_prob": result.corrupted_prob,
+            "corrupted_std": result.corrupted_std,
+            "n_layers": result.n_layers,
+            "n_positions": result.n_positions,
+        }
+    )
+
+
+def _details(result: TraceResult) -> dict[str, Any]:
+    kept = {name: getattr(result, name) for name in ("streams", "top", "windows", "metadata")}
+    return kept | {"cost": dataclasses.asdict(result.cost)}
+
+
+def _grids(table: pa.Table, row: int, value: str, streams: Iterable[str]) -> dict[str, np.ndarray]:
+    n_layers = table.column("n_layers")[row].as_py()
+    lists = {stream: table.column(f"{value}_{stream}")[row] for stream in streams}
+    return {stream: grid.values.to_numpy().reshape(n_layers, -1) for stream, grid in lists.items()}
+
+
+def _result(cells: Mapping[str, Any], details: Mapping[str, Any], prob: Any, prob_std: Any) -> TraceResult:
+    kept = ("clean_prob", "corrupted_prob", "corrupted_std", "tokens", "token_ids", "target_id")
+    return TraceResult(
+        prob=prob,
+        prob_std=prob_std,
+        span=(cells["span_start"], cells["span_stop"]),
+        target=cells["target_token"],
+        top=details["top"],
+        windows=details["windows"],
+        cost=Cost(**details["cost"]),
+        metadata=details["metadata"],
+        **{name: cells[name] for name in kept},
+    )
