@@ -4,7 +4,6 @@ Exit codes: 0 done, 1 `verify` found other numbers, 2 an error that a message ex
 """
 
 import json
-import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -17,9 +16,34 @@ import typer
 from typer.core import TyperGroup
 
 from fasttrace import __version__, environment, outputs, summary, tutorial
+from fasttrace import cli_runs as runs
 from fasttrace import demo as embedded
-from fasttrace.cells import SITES, STREAMS, windows_of
-from fasttrace.errors import FasttraceError, ModelError, PromptError, StoreError
+from fasttrace.cells import windows_of
+from fasttrace.cli_options import (
+    Device,
+    DeviceMap,
+    Dtype,
+    Engine,
+    Fuse,
+    Model,
+    Modules,
+    Noise,
+    NoiseSubjects,
+    OffloadFolder,
+    Overwrite,
+    Revision,
+    Samples,
+    Seed,
+    Stream,
+    TokenBudget,
+    Window,
+    module_paths,
+    number_or_text,
+    read_subjects,
+)
+from fasttrace.cli_options import load_model as _load
+from fasttrace.cli_options import tell as _tell
+from fasttrace.errors import FasttraceError, PromptError
 
 if TYPE_CHECKING:
     from fasttrace.api import Tracer
@@ -52,25 +76,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Causal tracing of language models: where in the network does a prompt's answer come from?",
 )
-
-Model = Annotated[str, typer.Option(help='Hugging Face id, local folder, or "smollm2", the embedded model.')]
-Revision = Annotated[str | None, typer.Option(help="Revision of the Hugging Face repository.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0, ...")]
-Engine = Annotated[str, typer.Option(help="auto, wavefront, fork, rows or reference.")]
-Fuse = Annotated[bool, typer.Option("--fuse/--no-fuse", help="Fuse activations while a trace runs.")]
-DeviceMap = Annotated[
-    str | None,
-    typer.Option(help="auto: spread a model larger than the device over GPUs, main memory and disk."),
-]
-OffloadFolder = Annotated[Path | None, typer.Option(help="Where --device-map keeps weights on disk.")]
-Modules = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--module", help="Where a part is, e.g. attention=self_attn (embedding, blocks, attention, mlp, down)."
-    ),
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another run's files in the folder.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -120,21 +125,16 @@ def trace(
     ] = None,
     target_id: Annotated[int | None, typer.Option(help="The same as a token id.")] = None,
     model: Model = embedded.MODEL_NAME,
-    stream: Annotated[
-        list[str] | None,
-        typer.Option(help=f"Repeatable, one of {', '.join(SITES)}; default: {', '.join(STREAMS)}."),
-    ] = None,
-    window: Annotated[int, typer.Option(help="Blocks restored together (block streams: always 1).")] = 10,
-    noise: Annotated[str, typer.Option(help='Standard deviation, or "s3": 3 x that of the embeddings.')] = "s3",
-    noise_subjects: Annotated[
-        Path | None, typer.Option(help="Subjects to measure s3 on: one per line, or JSON with a key subject.")
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Noise draws, averaged.")] = 10,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 1,
+    stream: Stream = None,
+    window: Window = 10,
+    noise: Noise = "s3",
+    noise_subjects: NoiseSubjects = None,
+    samples: Samples = 10,
+    seed: Seed = 1,
     engine: Engine = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
-    budget: Annotated[str, typer.Option(help="Largest number of tokens in one pass, or auto.")] = "auto",
+    budget: TokenBudget = "auto",
     first_target_token: Annotated[
         bool, typer.Option("--first-target-token", help="Follow the first token of a longer target.")
     ] = False,
@@ -154,19 +154,19 @@ def trace(
         "target": _target(target, target_id, ids=ids),
         "streams": stream and tuple(stream),
         "window": window,
-        "noise": _number_or_text(noise, float),
+        "noise": number_or_text(noise, float),
         "samples": samples,
         "seed": seed,
         "first_target_token": first_target_token,
     }
-    loading = {"dtype": dtype, "revision": revision, "modules": _modules(module)}
+    loading = {"dtype": dtype, "revision": revision, "modules": module_paths(module)}
     loading |= {"device_map": device_map, "offload_folder": offload_folder}
     if out is not None:
         outputs.check_folder(out, _wanted(model, prompt, request, loading, ids=ids), overwrite)
-    subjects = None if noise_subjects is None else _read_subjects(noise_subjects)
+    subjects = None if noise_subjects is None else read_subjects(noise_subjects)
     tracer = _load(model, device=device, fuse=fuse, **loading)
     tokens = _token_ids(prompt) if ids else prompt
-    rest = {"noise_subjects": subjects, "engine": engine, "budget": _number_or_text(budget, int)}
+    rest = {"noise_subjects": subjects, "engine": engine, "budget": number_or_text(budget, int)}
     result = _trace(tracer, tokens, **request, **rest)
     typer.echo(json.dumps(result.summary(), ensure_ascii=False) if as_json else summary.result_text(result))
     if out is not None:
@@ -204,7 +204,7 @@ def info(
     typer.echo(summary.table(environment.rows()))
     if model is not None:
         places = {"device": device, "device_map": device_map, "offload_folder": offload_folder}
-        tracer = _load(model, dtype=dtype, revision=revision, modules=_modules(module), **places)
+        tracer = _load(model, dtype=dtype, revision=revision, modules=module_paths(module), **places)
         typer.echo(summary.table(environment.model_rows(tracer)))
 
 
@@ -242,10 +242,6 @@ def verify(
         raise typer.Exit(1)
 
 
-def _tell(message: str) -> None:
-    typer.echo(message, err=True)
-
-
 def _subject(text: str | None, span: str | None) -> str | tuple[int, int]:
     if (text is None) == (span is None):
         raise PromptError("the subject is missing or given twice: give --subject TEXT or --span BEGIN:END, one of them")
@@ -265,40 +261,11 @@ def _target(text: str | None, token_id: int | None, ids: bool) -> str | int | No
     return int(text) if ids and text and text.isdecimal() else text
 
 
-def _modules(options: list[str] | None) -> dict[str, str] | None:
-    for option in options or ():
-        if "=" not in option:
-            raise ModelError(f"--module is {option!r}, expected a part and its path, such as attention=self_attn")
-    return dict(option.split("=", 1) for option in options) if options else None
-
-
 def _token_ids(text: str) -> list[int]:
     words = re.split(r"[\s,]+", text.strip())
     if not all(word.isdecimal() for word in words):
         raise PromptError(f"the prompt is {text!r}, expected token ids such as '464 4687' because of --ids")
     return [int(word) for word in words]
-
-
-def _number_or_text(text: str, number: Callable[[str], Any]) -> Any:
-    try:
-        return number(text)
-    except ValueError:
-        return text
-
-
-def _read_subjects(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        found = json.loads(text) if path.suffix == ".json" else text.splitlines()
-        subjects = [item["subject"] if isinstance(item, dict) else item for item in found]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise StoreError(
-            f"cannot read subjects from {path} ({error!r}): give a text file with one subject per line, or a JSON list"
-        ) from error
-    subjects = [subject for subject in subjects if isinstance(subject, str) and subject.strip()]
-    if not subjects:
-        raise StoreError(f"{path} holds no subjects: give one per line")
-    return subjects
 
 
 def _wanted(model: str, prompt: str, request: dict[str, Any], loading: dict[str, Any], ids: bool = False) -> dict:
@@ -319,19 +286,6 @@ def _wanted(model: str, prompt: str, request: dict[str, Any], loading: dict[str,
     if loading["dtype"] in ("float32", "bfloat16", "float64"):
         known["dtype"] = loading["dtype"]
     return known
-
-
-def _load(model: str, **options: Any) -> "Tracer":
-    if model == embedded.MODEL_NAME:
-        embedded.model_folder(progress=_tell)
-    _tell(f"loading {model}")
-    from transformers.utils.logging import disable_progress_bar
-
-    from fasttrace.api import Tracer
-
-    disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the error that follows says it once
-    return Tracer.from_pretrained(model, **options)
 
 
 def _trace(tracer: "Tracer", prompt: str | list[int], **options: Any) -> "TraceResult":
@@ -375,3 +329,6 @@ def _only(result: "TraceResult", stream: str) -> "TraceResult":
 
     result.grid(stream)  # raises for a stream that was not traced
     return replace(result, prob={stream: result.prob[stream]}, prob_std={stream: result.prob_std[stream]})
+
+
+runs.add_to(app)

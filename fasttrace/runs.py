@@ -1,0 +1,228 @@
+"""A run: a set of facts traced into a store, by one process or many, from the start or from where it stopped."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fasttrace.datasets import FactSet
+from fasttrace.distributed import CellSharded, Claims, Ranks, claims
+from fasttrace.engines.memory import Budget
+from fasttrace.errors import PlanError
+from fasttrace.many import Encoded, Study, study_of
+from fasttrace.stores import Record, Store
+from fasttrace.sweeps import versions
+
+if TYPE_CHECKING:
+    from fasttrace.api import Tracer
+
+__all__ = ["Outcome", "Told", "run"]
+
+SHARDS = ("facts", "cells")
+HASHED_VALUES = 256
+"""Of every parameter, in the hash of a model's weights."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """How far a run is, of all processes.
+
+    Attributes:
+        facts: to do in this start.
+        done: of these, skipped ones included.
+        skipped: of these.
+        cells: computed in this start.
+    """
+
+    facts: int
+    done: int
+    skipped: int
+    cells: int
+
+
+Progress = Callable[[Told], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        store: where the facts are.
+        facts: asked for.
+        before: done by earlier starts.
+        traced, skipped: of all that were asked for.
+    """
+
+    store: Store
+    facts: int
+    before: int
+    traced: int
+    skipped: int
+
+
+def run(
+    tracer: "Tracer",
+    facts: FactSet,
+    folder: str | Path,
+    *,
+    ranks: Ranks | None = None,
+    shard: str = "facts",
+    progress: Progress | None = None,
+    **options: Any,
+) -> Outcome:
+    """Traces facts into a folder; what is there already is not computed again.
+
+    Args:
+        tracer: the model, the same in every process.
+        facts: from `read_facts`, the same in every process.
+        folder: of the store, made when missing; all processes see it.
+        ranks: the processes; None: as the launcher says.
+        shard: "facts" deals packs of prompts to processes; "cells" lets all of them work on one prompt after the
+            other, each on a part of its cells.
+        progress: called in the first process after each pack.
+        options: of `Tracer.trace_many`.
+
+    Raises:
+        StoreError: the folder cannot be written to, or holds another run; it lists what differs.
+        PlanError: an unknown shard, or see `Tracer.trace_many`, as for other errors.
+    """
+    if shard not in SHARDS:
+        raise PlanError(f"unknown shard {shard!r}: give one of {', '.join(SHARDS)}")
+    ranks = ranks or Ranks.current(cpu=tracer.device.type == "cpu")
+    study, encoded, refused = study_of(tracer, facts, **options)
+    if shard == "cells":
+        values = {field.name: getattr(study, field.name) for field in fields(study)}
+        study = CellSharded(**values, ranks=ranks)
+    study = replace(study, budget=Budget(min(ranks.all(lambda: study.budget.tokens))))
+    store = _opened(ranks, Path(folder), fingerprint_of(tracer, study), facts)
+    return _Run(ranks, study, store, facts, progress).run(encoded, refused)
+
+
+def _opened(ranks: Ranks, folder: Path, fingerprint: Mapping[str, Any], facts: FactSet) -> Store:
+    """The store in every process; the first one makes it, and sets aside what is damaged."""
+
+    def first() -> None:
+        store = Store.open(folder, fingerprint)
+        store.describe(facts.name, len(facts), [str(bad) for bad in facts.bad])
+
+    ranks.first(first)
+    return Store.open(folder, fingerprint)
+
+
+class _Run:
+    """One start of a run, in one process.
+
+    Attributes:
+        packs: what is left to trace.
+        skipped: facts that were skipped in this start, in all processes.
+    """
+
+    def __init__(self, ranks: Ranks, study: Study, store: Store, facts: FactSet, progress: Progress | None):
+        self.ranks, self.study, self.store, self.facts, self.progress = ranks, study, store, facts, progress
+        self.packs: list[list[Encoded]] = []
+        self.skipped = 0
+
+    def run(self, encoded: Sequence[Encoded], refused: Sequence[Record]) -> Outcome:
+        """Does what is left to do."""
+        left = {fact.id for fact in self.ranks.first(lambda: self.store.remaining(self.facts.facts))}
+        refused = [record for record in refused if record.fact.id in left]
+        self._skip(refused if self.ranks.is_first else [], len(refused))
+        packs = self.study.packed(self._asked(encoded, left))
+        still = ([each for each in pack if each.fact.id in left] for pack in packs)
+        self.packs = [pack for pack in still if pack]
+        with claims(self.ranks, self.store.folder) as claimed:
+            self._tell(claimed)
+            self._trace(claimed)
+        return self._outcome(len(self.facts) - len(left))
+
+    def _asked(self, encoded: Sequence[Encoded], left: set[str]) -> list[Encoded]:
+        """Facts to trace, and those that an earlier start traced: so that every start makes the same packs."""
+        if not self.study.require_correct:
+            return list(encoded)
+        unknown = [each for each in encoded if each.fact.id in left][self.ranks.rank :: self.ranks.world]
+        shares = self.ranks.all(lambda: self.study.known(unknown))
+        self._skip(shares[self.ranks.rank][1], sum(len(skipped) for _, skipped in shares))
+        status = self._status()
+        before = [each for each in encoded if each.fact.id not in left and status[each.fact.id] == "traced"]
+        return [*before, *(each for known, _ in shares for each in known)]
+
+    def _skip(self, records: Sequence[Record], of_all: int) -> None:
+        self.skipped += of_all
+        if records:
+            self.store.write(records, rank=self.ranks.rank)
+
+    def _trace(self, claimed: Claims) -> None:
+        numbers: list[int] = []
+        together = isinstance(self.study, CellSharded)
+
+        def asked() -> Iterator[list[Encoded]]:
+            for number in range(len(self.packs)) if together else claimed.taken(len(self.packs)):
+                numbers.append(number)
+                yield self.packs[number]
+
+        for records in self.study.run(asked()):
+            if self.ranks.is_first or not together:
+                self.store.write(records, rank=self.ranks.rank)
+            claimed.finish(numbers.pop(0))
+            self._tell(claimed)
+
+    def _tell(self, claimed: Claims) -> None:
+        if self.progress is None or not self.ranks.is_first:
+            return
+        done = [each for number in claimed.finished() for each in self.packs[number]]
+        facts = self.skipped + sum(map(len, self.packs))
+        cells = len(self.study.sweep.windows) * self.study.sweep.anatomy.n_layers
+        self.progress(
+            Told(
+                facts,
+                self.skipped + len(done),
+                self.skipped,
+                cells * sum(len(each.prompt.token_ids) for each in done),
+            )
+        )
+
+    def _outcome(self, before: int) -> Outcome:
+        status = self._status()
+        found = [status[fact.id] for fact in self.facts]
+        return Outcome(self.store, len(found), before, found.count("traced"), found.count("skipped"))
+
+    def _status(self) -> dict[str, str]:
+        facts = self.store.facts()
+        return dict(zip(facts["id"], facts["status"], strict=True))
+
+
+def fingerprint_of(tracer: "Tracer", study: Study) -> dict[str, Any]:
+    """All that changes a run's numbers by more than rounding, as JSON values."""
+    sweep = study.sweep
+    return {
+        "model": tracer.name,
+        "revision": tracer.revision,
+        "weights": weights_hash(tracer.model),
+        "noise": sweep.about["noise"],
+        "sigma": sweep.sigma,
+        "samples": sweep.samples,
+        "seed": sweep.seed,
+        "streams": list(sweep.windows),
+        "window": max(sweep.windows.values()),
+        "dtype": str(tracer.dtype).removeprefix("torch."),
+        "metric": "probability",
+        "target": "clean top token, if correct" if study.require_correct else "first token of the answer",
+        "versions": versions(),
+    }
+
+
+def weights_hash(model: nn.Module) -> str | None:
+    """SHA-256 over names, shapes and some values of all parameters; None where weights are not in memory."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            return None
+        values = parameter.detach().reshape(-1)
+        some = values[:: max(1, len(values) // HASHED_VALUES)][:HASHED_VALUES].to("cpu", torch.float64)
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:16]
