@@ -5,9 +5,10 @@ that is causal, or causal within a window, is read off on the host before it is 
 waits.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -15,10 +16,15 @@ from fasttrace_kernels.layout import AttentionLayout
 from fasttrace_kernels.suffix_attention import suffix_attention, tile_tokens
 from torch import Tensor, nn
 
+from fasttrace.adapters import Anatomy
+from fasttrace.engines.tables import sent
+from fasttrace.packs import Pack
 from fasttrace.plan import BlockPlan
 
 UNDERSTOOD = frozenset({"scaling", "softcap", "s_aux", "dropout", "sliding_window", "is_causal", "position_ids"})
 """Arguments that the kernel does, or that say again what the mask says."""
+
+_TILES: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
 
 Visible = dict[int, tuple[Tensor, int | None]]
 """id of a mask -> the mask, so that it lives on, and its window (0: neither causal nor a window; None: no window)."""
@@ -32,8 +38,9 @@ class KernelState:
         n_positions: tokens of the longest prompt.
         blocks: of the plan.
         number: of the block being computed; the engine sets it.
-        layouts: made when the first block of a kind asks for them.
+        layouts: by (block, tokens of a tile).
         masks: of the model.
+        tiles: tokens of a tile that the model's blocks asked for, in any pass; made beforehand in the next one.
     """
 
     n_positions: int
@@ -41,6 +48,18 @@ class KernelState:
     number: int = 0
     layouts: dict[tuple, AttentionLayout] = field(default_factory=dict)
     masks: Visible = field(default_factory=dict)
+    tiles: set[int] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, anatomy: Anatomy, pack: Pack) -> "KernelState":
+        """For one pass of a model, with the layouts that its last pass needed, in one copy to the device."""
+        state = cls(pack.width, pack.blocks, tiles=_TILES.setdefault(anatomy.model, set()))
+        keys = [
+            (number, tile) for tile in state.tiles for number in sorted({*map(state._born, range(len(pack.blocks)))})
+        ]
+        layouts = [layout_of(pack.blocks[number], tile) for number, tile in keys]
+        state.layouts = dict(zip(keys, _all_sent(layouts, anatomy.device), strict=True))
+        return state
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, arguments: dict[str, Any]
@@ -76,13 +95,19 @@ class KernelState:
         return attended.unsqueeze(0)
 
     def _layout(self, q: Tensor, k: Tensor, v: Tensor) -> AttentionLayout:
-        block = tile_tokens(q.dtype, max(k.shape[-1], v.shape[-1]), q.shape[1] // k.shape[1], self.n_positions)
-        same = self.number
-        while same > 0 and self.blocks[same].source is None:
-            same -= 1  # no row was born since: the pack is laid out as before
-        if (same, block) not in self.layouts:
-            self.layouts[same, block] = layout_of(self.blocks[same], block).to(q.device)
-        return self.layouts[same, block]
+        tile = tile_tokens(q.dtype, max(k.shape[-1], v.shape[-1]), q.shape[1] // k.shape[1], self.n_positions)
+        key = self._born(self.number), tile
+        if key not in self.layouts:
+            self.layouts[key] = layout_of(self.blocks[key[0]], tile).to(q.device)
+            self.tiles.add(tile)
+        layout = self.layouts[key]
+        return layout if layout.tiles.device == q.device else layout.to(q.device)
+
+    def _born(self, number: int) -> int:
+        """The last block up to this one in which rows were born: since then the pack is laid out as before."""
+        while number > 0 and self.blocks[number].source is None:
+            number -= 1
+        return number
 
     def watched(self, build: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
         """A mask builder that also notes what its masks let a query see."""
@@ -95,6 +120,17 @@ class KernelState:
             return mask
 
         return built
+
+
+def _all_sent(layouts: Sequence[AttentionLayout], device: torch.device) -> list[AttentionLayout]:
+    """Layouts on a device, in one copy; the tiles first, which stay aligned."""
+    tables = [*(layout.tiles for layout in layouts), *(layout.tokens for layout in layouts)]
+    if not tables:
+        return []
+    parts = sent(torch.cat([table.flatten() for table in tables]), device).split([table.numel() for table in tables])
+    moved = [part.view(table.shape) for part, table in zip(parts, tables, strict=True)]
+    pairs = zip(layouts, moved[: len(layouts)], moved[len(layouts) :], strict=True)
+    return [replace(layout, tiles=tiles, tokens=tokens) for layout, tiles, tokens in pairs]
 
 
 def layout_of(block: BlockPlan, tile: int) -> AttentionLayout:

@@ -16,15 +16,14 @@ import torch
 
 from fasttrace.cost import Cost
 from fasttrace.datasets import Fact, read_facts
-from fasttrace.engines import LAYOUTS
-from fasttrace.engines.job import Job, pack_of_jobs
+from fasttrace.engines import READY
+from fasttrace.engines.job import Job
 from fasttrace.engines.memory import Budget, tokens_allowed
 from fasttrace.engines.passes import run_together
 from fasttrace.engines.select import shares_passes
 from fasttrace.errors import NumericsError, PromptError
 from fasttrace.hooks import evaluating
 from fasttrace.ops import fused
-from fasttrace.packs import Pack
 from fasttrace.prompts import Prompt, token_text
 from fasttrace.readout import CHUNK_BYTES, Scores
 from fasttrace.stores import Record
@@ -57,12 +56,12 @@ class Planned:
     Attributes:
         facts: one or several.
         jobs: theirs.
-        pack: theirs; None for one fact, whose engine plans it.
+        ready: their pass; None where the engine makes it when its turn comes.
     """
 
     facts: Sequence[Encoded]
     jobs: Sequence[Job]
-    pack: Pack | None
+    ready: Any = None
 
 
 @dataclass(frozen=True)
@@ -161,10 +160,10 @@ class Study:
 
     def _planned(self, facts: Sequence[Encoded]) -> Planned:
         jobs = [self.sweep.job(each.prompt) for each in facts]
-        pack = None
+        ready = None
         if len(jobs) > 1:
-            pack = pack_of_jobs(jobs, self.sweep.anatomy.n_layers, LAYOUTS[self.sweep.choice.name])
-        return Planned(facts, jobs, pack)
+            ready = READY[self.sweep.choice.name](self.sweep.anatomy, jobs, self.fuse)
+        return Planned(facts, jobs, ready)
 
     def _records(self, planned: Planned) -> list[Record]:
         try:
@@ -173,8 +172,7 @@ class Study:
             if len(planned.facts) == 1:
                 return [self._not_finite(planned.facts[0], error)]
             alone = (
-                self._records(Planned([fact], [job], None))
-                for fact, job in zip(planned.facts, planned.jobs, strict=True)
+                self._records(Planned([fact], [job])) for fact, job in zip(planned.facts, planned.jobs, strict=True)
             )
             return [record for records in alone for record in records]
         return [self._record(fact, *each) for fact, each in zip(planned.facts, found, strict=True)]
@@ -182,7 +180,7 @@ class Study:
     def _scores(self, planned: Planned) -> list[tuple[Scores, Cost]]:
         anatomy, name = self.sweep.anatomy, self.sweep.choice.name
         with fused(anatomy, self.fuse and name != "reference"):
-            return run_together(name, anatomy, planned.jobs, self.budget, planned.pack)
+            return run_together(name, anatomy, planned.jobs, self.budget, planned.ready)
 
     def _record(self, each: Encoded, scores: Scores, cost: Cost) -> Record:
         try:

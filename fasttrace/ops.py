@@ -46,13 +46,20 @@ def in_chunks(forward: Callable[..., Any]) -> Callable[..., Any]:
     return chunked
 
 
-def attention_kernel(anatomy: Anatomy, pack: Pack) -> "KernelState | None":
-    """What makes attention one launch a block, on GPUs and while operations are fused; None: group by group."""
-    if not _FUSING.get() or anatomy.device.type not in KERNEL_DEVICES or find_spec("triton") is None:
+def attention_kernel(anatomy: Anatomy, pack: Pack, fuse: bool | None = None) -> "KernelState | None":
+    """What makes attention one launch a block, on GPUs and with fused operations; None: group by group.
+
+    Args:
+        anatomy: the model.
+        pack: what attends.
+        fuse: whether operations will be fused; None: as it is now.
+    """
+    fuse = _FUSING.get() if fuse is None else fuse
+    if not fuse or anatomy.device.type not in KERNEL_DEVICES or find_spec("triton") is None:
         return None
     from fasttrace.kernel_attention import KernelState
 
-    return KernelState(pack.width, pack.blocks)
+    return KernelState.of(anatomy, pack)
 
 
 @contextmanager

@@ -162,12 +162,15 @@ class _Merge:
         self, parts: Sequence[BlockPlan], before: Places, places: Places, groups: tuple[Group, ...]
     ) -> BlockPlan:
         keep, spread = _merged_mlp(parts, places)
-        source = _merged([_or_same(part.source, part) for part in parts], before, places)
-        carried = _merged([_or_same(_first(part.carried, part.source), part) for part in parts], before, places)
+        source = carried = None
+        if any(part.source is not None for part in parts):
+            source = _merged([_or_same(part.source, part) for part in parts], before, places)
+        if any(part.carried is not None for part in parts):
+            carried = _merged([_or_same(_first(part.carried, part.source), part) for part in parts], before, places)
         origin = [self._fed(number, part.origin) for number, part in enumerate(parts)]
         return BlockPlan(
-            source=None if all(part.source is None for part in parts) else source,
-            carried=None if all(part.carried is None for part in parts) else carried,
+            source=source,
+            carried=carried,
             origin=_merged(origin, None, places),
             groups=groups,
             attention_to=_tokens([part.attention_to for part in parts], places),

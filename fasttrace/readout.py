@@ -51,22 +51,19 @@ def precise(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def row_probabilities(
-    anatomy: Anatomy, states: Tensor, targets: np.ndarray, as_output: Callable[[Tensor], Any]
-) -> Tensor:
+def row_probabilities(anatomy: Anatomy, states: Tensor, targets: Tensor, as_output: Callable[[Tensor], Any]) -> Tensor:
     """p(target) of rows, [row], in float32 or better.
 
     Args:
         anatomy: the model.
         states: last-token outputs of the last block, [..., row, d_model] with the rows on `anatomy.row_axis`.
-        targets: [row] token ids.
+        targets: int64 [row] token ids, on any device.
         as_output: gives a hidden state the form of a block's output.
     """
     chunk = max(1, CHUNK_BYTES // (4 * anatomy.vocabulary))
     with evaluating(anatomy.model):
         chunks = states.split(chunk, anatomy.row_axis) if len(targets) else []
-        wanted = torch.from_numpy(targets).split(chunk)
-        parts = [_tail(anatomy, *part, as_output) for part in zip(chunks, wanted, strict=False)]
+        parts = [_tail(anatomy, *part, as_output) for part in zip(chunks, targets.split(chunk), strict=False)]
     return torch.cat(parts) if parts else torch.zeros(0, device=states.device)
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fasttrace.cells import SITES, STREAMS, Edit
 from fasttrace.engines import ENGINES, cost_of_job
-from fasttrace.engines.job import pack_of_jobs
+from fasttrace.engines.job import base_ids, pack_of_jobs
 from fasttrace.errors import EngineError, NumericsError
 from fasttrace.hooks import output_hook
 from tests.conftest import FAMILIES, N_LAYERS, all_grids, make_job, tiny_anatomy, tiny_model
@@ -128,7 +128,7 @@ def test_a_wrong_index_table_is_noticed(family, engine, monkeypatch):
 
     def shifted(*arguments):
         tables = right(*arguments)
-        for block in tables:
+        for block in tables.blocks:
             if block.attention is not None:
                 object.__setattr__(block, "attention", (block.attention[0], block.attention[1] - 1))
         return tables
@@ -273,9 +273,9 @@ def test_all_tables_of_a_plan_reach_the_device_in_one_copy(monkeypatch):
     copies = []
     right = torch.from_numpy
     monkeypatch.setattr(tables.torch, "from_numpy", lambda array: copies.append(len(array)) or right(array))
-    found = tables.tables_of(pack, torch.device("cpu"))
+    found = tables.tables_of(pack, base_ids([job]), torch.device("cpu"))
     assert len(copies) == 1
-    for block, moved in zip(pack.blocks, found, strict=True):
+    for block, moved in zip(pack.blocks, found.blocks, strict=True):
         np.testing.assert_array_equal(moved.origin, block.origin)
         np.testing.assert_array_equal(moved.position, block.origin % 7)
         assert (moved.source is None) == (block.source is None)

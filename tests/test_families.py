@@ -133,10 +133,10 @@ def wrong_tables(**changes):
         right = wavefront.tables_of
 
         def wrong(*arguments):
-            blocks = right(*arguments)
-            for tables, name in product(blocks, changes):
+            given = right(*arguments)
+            for tables, name in product(given.blocks, changes):
                 object.__setattr__(tables, name, changes[name](tables))
-            return blocks
+            return given
 
         patch.setattr(wavefront, "tables_of", wrong)
 

@@ -54,7 +54,7 @@ def test_the_wavefront_takes_all_of_them_in_one_pass(family, monkeypatch):
     tracer, passes = tracer_with_text(family), []
     tracer.choose_engine()
     right = wavefront._run
-    monkeypatch.setattr(wavefront, "_run", lambda a, jobs, *rest: passes.append(len(jobs)) or right(a, jobs, *rest))
+    monkeypatch.setattr(wavefront, "_run", lambda a, r, *rest: passes.append(len(r.jobs)) or right(a, r, *rest))
     study, encoded, refused = study_of(tracer, FACTS, **OPTIONS)
     packs = study.packed(encoded)
     passes.clear()
@@ -68,7 +68,7 @@ def test_every_budget_gives_the_same_grids_and_is_kept(family, budget, monkeypat
     expected = by_id(tracer.trace_many(FACTS, **OPTIONS))
     right = wavefront.LastBlock
     monkeypatch.setattr(
-        wavefront, "LastBlock", lambda anatomy, pack: packs.append(pack.blocks[-1].n_tokens) or right(anatomy, pack)
+        wavefront, "LastBlock", lambda a, pack, *rest: packs.append(pack.blocks[-1].n_tokens) or right(a, pack, *rest)
     )
     found = by_id(tracer.trace_many(FACTS, budget=budget, **OPTIONS))
     assert max(packs) <= budget
@@ -91,12 +91,12 @@ def test_memory_that_runs_out_halves_the_budget_and_loses_nothing(family, monkey
     expected = by_id(tracer.trace_many(FACTS, **OPTIONS))
     right = wavefront._run
 
-    def out_of_memory(anatomy, jobs, *rest):
-        tokens = sum(len(job.token_ids) for job in jobs)
+    def out_of_memory(anatomy, ready, *rest):
+        tokens = sum(len(job.token_ids) for job in ready.jobs)
         tried.append(tokens)
         if tokens > 20:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return right(anatomy, jobs, *rest)
+        return right(anatomy, ready, *rest)
 
     monkeypatch.setattr(wavefront, "_run", out_of_memory)
     with caplog.at_level(logging.WARNING, "fasttrace"):

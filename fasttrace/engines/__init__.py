@@ -17,7 +17,10 @@ ENGINES = {"wavefront": wavefront.run, "fork": wavefront.run_fork, "rows": rows.
 """In the order in which "auto" tries them."""
 
 PACKING = {"wavefront": wavefront.run_jobs}
-"""Engines whose passes several prompts can share: `run_jobs(anatomy, jobs, tick) -> list[Scores]`."""
+"""Engines whose passes several prompts can share: `run_jobs(anatomy, jobs, tick, ready=None) -> list[Scores]`."""
+
+READY = {"wavefront": wavefront.make_ready}
+"""What may be done before their pass, while another is computed: `make_ready(anatomy, jobs, fuse) -> ready`."""
 
 LAYOUTS: dict[str, Layout] = {"wavefront": wavefront.LAYOUT, "fork": wavefront.LAYOUT, "rows": rows.LAYOUT}
 """What a row holds in the engines that run plans."""

@@ -45,6 +45,13 @@ class Job:
         """The compiled cells, from the cache after the first call."""
         return plan_cells(self.shape(n_layers), self.cells, layout)
 
+    def on(self, device: torch.device) -> "Job":
+        """The same job with its noise on a device; nothing waits for the copy."""
+        if device.type != "cuda" or self.corruption.noise.is_cuda:
+            return self
+        noise = self.corruption.noise.pin_memory().to(device, non_blocking=True)
+        return replace(self, corruption=replace(self.corruption, noise=noise))
+
     def part(self, cells: slice, samples: slice) -> "Job":
         """Some of the cells, for some of the samples."""
         return replace(self, cells=self.cells[cells], corruption=self.corruption.part(samples))

@@ -5,6 +5,7 @@ A pass that runs out of memory is split again, and those after it are made small
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -15,7 +16,7 @@ from fasttrace.engines import ENGINES, LAYOUTS, PACKING, cost_of_job
 from fasttrace.engines.job import Job
 from fasttrace.engines.memory import Budget, shares_passes, tokens_allowed
 from fasttrace.errors import EngineError
-from fasttrace.packs import Pack, peak_tokens
+from fasttrace.packs import peak_tokens
 from fasttrace.readout import Scores
 
 Progress = Callable[[int, int], None]
@@ -36,7 +37,7 @@ def run_in_passes(
 
 
 def run_together(
-    engine: str, anatomy: Anatomy, jobs: Sequence[Job], budget: Budget, pack: Pack | None = None
+    engine: str, anatomy: Anatomy, jobs: Sequence[Job], budget: Budget, ready: Any = None
 ) -> list[tuple[Scores, Cost]]:
     """Runs the jobs of several prompts, in one pass if it fits; a prompt alone may take several.
 
@@ -45,7 +46,7 @@ def run_together(
         anatomy: the model.
         jobs: a job a prompt, in any order.
         budget: lowered when memory runs out.
-        pack: of these jobs, if it has been made already.
+        ready: their pass, if it has been made ready already; see `engines.READY`.
 
     Raises:
         EngineError: one cell and one noise sample do not fit into memory; or see the engines.
@@ -56,7 +57,7 @@ def run_together(
     tokens = peak_tokens([job.plan(anatomy.n_layers, LAYOUTS[engine]) for job in jobs])
     if tokens <= budget.tokens:
         try:
-            scores = PACKING[engine](anatomy, jobs, lambda: None, pack)
+            scores = PACKING[engine](anatomy, jobs, lambda: None, ready)
             return [(each, cost_of_job(engine, anatomy, job)) for each, job in zip(scores, jobs, strict=True)]
         except RuntimeError as error:
             if not should_reduce_batch_size(error) or shares_passes(anatomy):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fasttrace.adapters import Anatomy
 from fasttrace.adapters.inputs import Path
-from fasttrace.engines.job import Job, Tick, corrupted, pack_of_jobs
+from fasttrace.engines.job import Job, Tick, base_ids, corrupted, pack_of_jobs
 from fasttrace.engines.tables import BlockTables, LastBlock, base_logits, grown, picked, restore, tables_of
 from fasttrace.hooks import evaluating, input_hook, output_hook, raw_output_hook
 from fasttrace.plan import Layout
@@ -28,15 +28,16 @@ def run(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
         NumericsError: a block produced inf or NaN.
     """
     pack = pack_of_jobs([job], anatomy.n_layers, LAYOUT)
-    last_block = LastBlock(anatomy, pack)
+    given = tables_of(pack, base_ids([job]), anatomy.device)
+    last_block = LastBlock(anatomy, pack, given)
     with ExitStack() as stack:
         stack.enter_context(evaluating(anatomy.model))
         stack.enter_context(output_hook(anatomy.embedding, partial(corrupted, [job])))
-        for number, tables in enumerate(tables_of(pack, anatomy.device)):
+        for number, tables in enumerate(given.blocks):
             _Step(anatomy, number, tables, pack.n_base, pack.width).hook(stack)
             stack.enter_context(output_hook(anatomy.blocks[number], last_block.watcher(tick)))
         stack.enter_context(raw_output_hook(anatomy.blocks[-1], last_block.split))
-        logits = base_logits(anatomy, [job])
+        logits = base_logits(anatomy, given.ids)
     return last_block.scores(logits, [job.target])[0]
 
 

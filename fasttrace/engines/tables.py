@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from fasttrace.adapters import Anatomy
 from fasttrace.adapters.inputs import Path
-from fasttrace.engines.job import Job, Tick, base_ids
+from fasttrace.attention import GroupOnDevice
+from fasttrace.engines.job import Tick
 from fasttrace.hooks import first_of, hidden_argument, with_first, with_hidden_argument
 from fasttrace.packs import Pack
-from fasttrace.plan import BlockPlan
+from fasttrace.plan import BlockPlan, Group
 from fasttrace.readout import Scores, check_finite, distributions, row_probabilities, scores_of_rows
 
 Edits = tuple[Tensor, Tensor]
@@ -29,6 +31,7 @@ class BlockTables:
         position: [token] prompt position of each token.
         attention, mlp: edits; None where there is nothing to do.
         mlp_computed: (keep, spread), in which the MLP's edits are applied already; None: all tokens are computed.
+        groups: the pack as rectangles.
     """
 
     source: Tensor | None
@@ -38,23 +41,52 @@ class BlockTables:
     attention: Edits | None
     mlp: Edits | None
     mlp_computed: tuple[Tensor, Tensor] | None
+    groups: tuple[GroupOnDevice, ...]
 
 
-def tables_of(pack: Pack, device: torch.device) -> list[BlockTables]:
-    """All tables of a pack, in one copy to a device, before the pass."""
+@dataclass(frozen=True)
+class PassTables:
+    """All integers that a pass needs, on its device.
+
+    Attributes:
+        blocks: one set a block.
+        ids: [base row, width] tokens of the base rows.
+        last_tokens, handed_on: as in `packs.Pack`.
+    """
+
+    blocks: list[BlockTables]
+    ids: Tensor
+    last_tokens: Tensor
+    handed_on: Tensor
+
+
+def tables_of(pack: Pack, ids: Tensor, device: torch.device) -> PassTables:
+    """All tables of a pack, and the tokens of its base rows, in one copy to a device, before the pass."""
     columns = [_columns(block, pack.width) for block in pack.blocks]
-    given = iter(on_device([table for block in columns for table in block if table is not None], device))
-    return [_block_tables(*(None if table is None else next(given) for table in block)) for block in columns]
+    bases = [[group.base for group in block.groups] for block in pack.blocks]
+    ends = [ids.numpy().reshape(-1), pack.last_tokens, pack.handed_on]
+    wanted = [*(table for block in columns for table in block if table is not None), *chain(*bases), *ends]
+    given = iter(on_device(wanted, device))
+    tables = [[None if table is None else next(given) for table in block] for block in columns]
+    groups = [tuple(_group(group, next(given)) for group in block.groups) for block in pack.blocks]
+    blocks = [_block_tables(*block, groups=each) for block, each in zip(tables, groups, strict=True)]
+    return PassTables(blocks, next(given).view(ids.shape), *given)
+
+
+def _group(group: Group, base: Tensor) -> GroupOnDevice:
+    return GroupOnDevice(group.n_positions, group.first, group.start, group.tile_rows, len(group.base), base)
 
 
 def on_device(tables: Sequence[np.ndarray], device: torch.device) -> Sequence[Tensor]:
-    """Index tables as tensors that share one buffer; from pinned memory, so that nothing waits for the copy."""
+    """Tables of one type as tensors that share one buffer, see `sent`."""
     if not tables:
         return ()
-    buffer = torch.from_numpy(np.concatenate(tables))
-    if device.type == "cuda":
-        buffer = buffer.pin_memory()
-    return buffer.to(device, non_blocking=True).split([len(table) for table in tables])
+    return sent(torch.from_numpy(np.concatenate(tables)), device).split([len(table) for table in tables])
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device; from pinned memory, so that nothing waits for the copy."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def _columns(block: BlockPlan, width: int) -> tuple[np.ndarray | None, ...]:
@@ -73,9 +105,10 @@ def _columns(block: BlockPlan, width: int) -> tuple[np.ndarray | None, ...]:
     )
 
 
-def _block_tables(source, carried, origin, position, *edits) -> BlockTables:
+def _block_tables(source, carried, origin, position, *edits, groups) -> BlockTables:
     attention, mlp, mlp_computed = (None if edits[i] is None else (edits[i], edits[i + 1]) for i in (0, 2, 4))
-    return BlockTables(source, source if carried is None else carried, origin, position, attention, mlp, mlp_computed)
+    carried = source if carried is None else carried
+    return BlockTables(source, carried, origin, position, attention, mlp, mlp_computed, groups)
 
 
 def picked(tensor: Tensor, axis: int, index: Tensor) -> Tensor:
@@ -140,10 +173,9 @@ class LastBlock:
         block_sums: one sum over all outputs a block, for the check that they are finite.
     """
 
-    def __init__(self, anatomy: Anatomy, pack: Pack):
-        self.anatomy, self.pack = anatomy, pack
+    def __init__(self, anatomy: Anatomy, pack: Pack, tables: PassTables):
+        self.anatomy, self.pack, self.tables = anatomy, pack, tables
         self.axis = anatomy.row_axis
-        self.last_tokens, self.handed_on = on_device([pack.last_tokens, pack.handed_on], anatomy.device)
         self.states = torch.zeros(0)
         self.block_sums: list[Tensor] = []
         self.form: Any = None
@@ -161,8 +193,8 @@ class LastBlock:
         """The last block's output for the base rows alone, [1 + sample, position, d_model]."""
         self.form = output if not isinstance(output, Tensor) else None
         tokens = first_of(output).flatten(self.axis, self.axis + 1)
-        self.states = picked(tokens, self.axis, self.last_tokens)
-        base = picked(tokens, self.axis, self.handed_on)
+        self.states = picked(tokens, self.axis, self.tables.last_tokens)
+        base = picked(tokens, self.axis, self.tables.handed_on)
         return self.as_output(base.unflatten(self.axis, (self.pack.n_base, self.pack.width)))
 
     def as_output(self, hidden: Tensor) -> Any:
@@ -170,23 +202,26 @@ class LastBlock:
         return hidden if self.form is None else with_first(self.form, hidden)
 
     def scores(self, base_logits: Tensor, targets: Sequence[int | None]) -> list[Scores]:
-        """Reads out all rows of every prompt. The first point of a pass that waits for the device."""
-        check_finite(self.block_sums, self.anatomy.dtype)
-        plans = self.pack.plans
-        bases = np.split(distributions(base_logits), np.cumsum([plan.n_base for plan in plans])[:-1])
-        found = [int(base[0].argmax()) if t is None else t for base, t in zip(bases, targets, strict=True)]
+        """Reads out all rows of every prompt; only then the host waits for the device."""
+        plans, device = self.pack.plans, base_logits.device
         sizes = [plan.last_tokens.size for plan in plans]
-        rows = row_probabilities(self.anatomy, self.states, np.repeat(found, sizes), self.as_output)
+        ends = np.cumsum([plan.n_base for plan in plans])
+        given = [-1 if target is None else target for target in targets]
+        tables = [ends - [plan.n_base for plan in plans], np.array(given), np.repeat(np.arange(len(plans)), sizes)]
+        clean_rows, wanted, plan_of_row = on_device(tables, device)
+        wanted = torch.where(wanted < 0, picked(base_logits, 0, clean_rows).argmax(-1), wanted)
+        rows = row_probabilities(self.anatomy, self.states, wanted[plan_of_row], self.as_output)
+        check_finite(self.block_sums, self.anatomy.dtype)
+        bases = np.split(distributions(base_logits), ends[:-1])
         parts = np.split(rows.cpu().numpy(), np.cumsum(sizes)[:-1])
         return [
             scores_of_rows(part.reshape(plan.last_tokens.shape), plan.cell_row, base, target)
-            for part, plan, base, target in zip(parts, plans, bases, found, strict=True)
+            for part, plan, base, target in zip(parts, plans, bases, wanted.tolist(), strict=True)
         ]
 
 
-def base_logits(anatomy: Anatomy, jobs: Sequence[Job]) -> Tensor:
+def base_logits(anatomy: Anatomy, ids: Tensor) -> Tensor:
     """The model's forward over the base rows [base row, width]; last-position logits [base row, vocab]."""
-    ids = base_ids(jobs).to(anatomy.device)
     arguments: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if anatomy.keeps_logits:
         arguments["logits_to_keep"] = slice(-1, None)  # an int lets gemma4 drop tokens, a tensor has one device

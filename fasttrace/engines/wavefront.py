@@ -8,22 +8,21 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from fasttrace.adapters import Anatomy
 from fasttrace.adapters.inputs import Axes, Path
-from fasttrace.attention import GroupOnDevice, PackState, ragged_attention
-from fasttrace.engines.job import Job, Tick, corrupted, pack_of_jobs
+from fasttrace.attention import PackState, ragged_attention
+from fasttrace.engines.job import Job, Tick, base_ids, corrupted, pack_of_jobs
 from fasttrace.engines.tables import (
     BlockTables,
     Edits,
     LastBlock,
+    PassTables,
     base_logits,
     grown,
-    on_device,
     picked,
     restore,
     tables_of,
@@ -35,6 +34,9 @@ from fasttrace.ops import attention_kernel
 from fasttrace.packs import Pack
 from fasttrace.plan import Layout
 from fasttrace.readout import Scores
+
+if TYPE_CHECKING:
+    from fasttrace.kernel_attention import KernelState
 
 LAYOUT: Layout = "suffix"
 
@@ -52,9 +54,9 @@ def run(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
     return run_jobs(anatomy, [job], tick)[0]
 
 
-def run_jobs(anatomy: Anatomy, jobs: Sequence[Job], tick: Tick, pack: Pack | None = None) -> list[Scores]:
-    """The same for the jobs of several prompts in one forward pass; `pack` is theirs, if it has been made already."""
-    return _run(anatomy, jobs, tick, ragged_attention, pack)
+def run_jobs(anatomy: Anatomy, jobs: Sequence[Job], tick: Tick, ready: "Ready | None" = None) -> list[Scores]:
+    """The same for the jobs of several prompts in one forward pass; `ready` is theirs, if it has been made already."""
+    return _run(anatomy, ready or make_ready(anatomy, jobs), tick, ragged_attention)
 
 
 def run_fork(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
@@ -64,25 +66,52 @@ def run_fork(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
         EngineError: the attention modules take no cache of earlier keys and values.
         NumericsError: a block produced inf or NaN.
     """
-    return _run(anatomy, [job], tick, forked_attention)[0]
+    return _run(anatomy, make_ready(anatomy, [job]), tick, forked_attention)[0]
 
 
-def _run(
-    anatomy: Anatomy, jobs: Sequence[Job], tick: Tick, attention: Attention, pack: Pack | None = None
-) -> list[Scores]:
-    pack = pack or pack_of_jobs(jobs, anatomy.n_layers, LAYOUT)
-    state = PackState(pack.base_rows, pack.width, kernel=attention_kernel(anatomy, pack))
-    last_block = LastBlock(anatomy, pack)
+@dataclass(frozen=True)
+class Ready:
+    """A pass with all that it needs on the device: nothing has to be copied there while it runs.
+
+    Attributes:
+        jobs: one a prompt, their noise on the device.
+        pack: theirs.
+        tables: theirs.
+        kernel: what makes attention one launch a block; None: group by group.
+    """
+
+    jobs: Sequence[Job]
+    pack: Pack
+    tables: PassTables
+    kernel: "KernelState | None"
+
+
+def make_ready(anatomy: Anatomy, jobs: Sequence[Job], fuse: bool | None = None) -> Ready:
+    """Plans the jobs of several prompts as one pass and sends its tables to the device.
+
+    Args:
+        anatomy: the model.
+        jobs: one a prompt.
+        fuse: whether the pass will run with fused operations; None: as it is now.
+    """
+    pack = pack_of_jobs(jobs, anatomy.n_layers, LAYOUT)
+    tables = tables_of(pack, base_ids(jobs), anatomy.device)
+    return Ready([job.on(anatomy.device) for job in jobs], pack, tables, attention_kernel(anatomy, pack, fuse))
+
+
+def _run(anatomy: Anatomy, ready: Ready, tick: Tick, attention: Attention) -> list[Scores]:
+    jobs, pack, given = ready.jobs, ready.pack, ready.tables
+    state = PackState(pack.base_rows, pack.width, kernel=ready.kernel)
+    last_block = LastBlock(anatomy, pack, given)
     with ExitStack() as stack:
         stack.enter_context(evaluating(anatomy.model))
         fork = stack.enter_context(attention(anatomy, state))
         stack.enter_context(output_hook(anatomy.embedding, partial(corrupted, jobs)))
-        blocks = zip(tables_of(pack, anatomy.device), _groups_of(pack, anatomy.device), strict=True)
-        for number, (tables, groups) in enumerate(blocks):
-            _Step(anatomy, number, tables, groups, state).hook(stack, fork)
+        for number, tables in enumerate(given.blocks):
+            _Step(anatomy, number, tables, state).hook(stack, fork)
             stack.enter_context(output_hook(anatomy.blocks[number], last_block.watcher(tick)))
         stack.enter_context(raw_output_hook(anatomy.blocks[-1], last_block.split))
-        logits = base_logits(anatomy, jobs)
+        logits = base_logits(anatomy, given.ids)
     if state.calls != anatomy.n_layers:
         raise EngineError(f"{state.calls} of {anatomy.n_layers} blocks attended through the pack; use engine='rows'")
     return last_block.scores(logits, [job.target for job in jobs])
@@ -95,7 +124,6 @@ class _Step:
     anatomy: Anatomy
     number: int
     tables: BlockTables
-    groups: tuple[GroupOnDevice, ...]
     state: PackState
 
     def hook(self, stack: ExitStack, fork: Fork | None) -> None:
@@ -113,7 +141,7 @@ class _Step:
 
     def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Hook on the block: grows its arguments, and says which rectangles its attention will see."""
-        self.state.groups = self.groups
+        self.state.groups = self.tables.groups
         if self.state.kernel is not None:
             self.state.kernel.number = self.number
         return grown(args, kwargs, self._grow_hidden, self._grow_other, self._grow_shared)
@@ -182,10 +210,3 @@ class _MLP:
 def _tokens_picked(hidden: Tensor, index: Tensor) -> Tensor:
     """[1, token, width] or [token, width], with other tokens."""
     return picked(hidden, hidden.dim() - 2, index)
-
-
-def _groups_of(pack: Pack, device: torch.device) -> list[tuple[GroupOnDevice, ...]]:
-    groups = [group for block in pack.blocks for group in block.groups]
-    moved = zip(groups, on_device([group.base for group in groups], device), strict=True)
-    found = (GroupOnDevice(g.n_positions, g.first, g.start, g.tile_rows, len(g.base), base) for g, base in moved)
-    return [tuple(islice(found, len(block.groups))) for block in pack.blocks]
