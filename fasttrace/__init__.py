@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fasttrace.api import Tracer
     from fasttrace.cells import SITES, STREAMS
     from fasttrace.cost import Cost
+    from fasttrace.datasets import Fact, read_facts
     from fasttrace.engines import ENGINES
     from fasttrace.errors import (
         EngineError,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         StoreError,
     )
     from fasttrace.results import TraceResult, load
+    from fasttrace.stores import Record, Store
 
 __version__ = "0.1.0"
 
@@ -30,19 +32,24 @@ __all__ = [
     "STREAMS",
     "Cost",
     "EngineError",
+    "Fact",
     "FasttraceError",
     "ModelError",
     "NumericsError",
     "PlanError",
     "PromptError",
+    "Record",
+    "Store",
     "StoreError",
     "TraceResult",
     "Tracer",
     "load",
+    "read_facts",
 ]
 
 _HOMES = {"Tracer": "api", "SITES": "cells", "STREAMS": "cells", "Cost": "cost", "ENGINES": "engines"}
-_HOMES |= {"TraceResult": "results", "load": "results"}
+_HOMES |= {"TraceResult": "results", "load": "results", "Record": "stores", "Store": "stores"}
+_HOMES |= {"Fact": "datasets", "read_facts": "datasets"}
 
 
 def __getattr__(name: str) -> Any:

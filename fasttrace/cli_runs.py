@@ -1,11 +1,13 @@
 """Commands for sets of facts: run, export, average, report."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fasttrace import demo as embedded
+from fasttrace import summary
 from fasttrace.cli_options import (
     Device,
     DeviceMap,
@@ -30,6 +32,7 @@ from fasttrace.cli_options import (
 )
 
 if TYPE_CHECKING:
+    from fasttrace.aggregate import Averages
     from fasttrace.runs import Outcome
 
 Folder = Annotated[Path, typer.Argument(help="Folder of a run.")]
@@ -120,9 +123,50 @@ def export(
     typer.echo(f"wrote {len(paths)} files to {where}")
 
 
-def average(folder: Folder) -> None:
-    """Average a run's grids by token role, as in the paper's second figure."""
+def average(
+    folder: Folder,
+    value: Annotated[
+        str | None, typer.Option(help="indirect_effect (default), prob or normalized_effect; with --compat rome prob.")
+    ] = None,
+    compat: Annotated[str | None, typer.Option(help="rome: roles and means as in ROME's notebook.")] = None,
+    bootstrap: Annotated[int, typer.Option(help="Draws of the bootstrap intervals.", min=1)] = 1000,
+    seed: Seed = 0,
+    out: Annotated[Path | None, typer.Option(help="Where to; default: averages in the run's folder.")] = None,
+) -> None:
+    """Average a run's grids by token role, as in the paper's second figure: CSV files and figures."""
+    from fasttrace.aggregate import average as average_records
+    from fasttrace.stores import Store
+
+    averages = average_records(Store.read(folder).records(), value=value, compat=compat, bootstrap=bootstrap, seed=seed)
+    where = out or folder / "averages"
+    paths = averages.save_csv(where / "averages.csv")
+    if find_spec("plotnine") is not None:
+        paths += _averages_drawn(averages, where)
+    typer.echo(summary.averages_text(averages))
+    typer.echo("\nwrote\n" + "\n".join(f"  {path}" for path in paths))
 
 
-def report(folder: Folder) -> None:
-    """Write a run as one HTML page."""
+def _averages_drawn(averages: "Averages", where: Path) -> list[Path]:
+    from fasttrace.average_plots import save_lines, save_roles
+
+    paths = [where / "roles.png", where / "lines.png"]
+    for path, save in zip(paths, (save_roles, save_lines), strict=True):
+        save(averages, path)
+    return paths
+
+
+def report(
+    folder: Folder,
+    out: Annotated[Path | None, typer.Option(help="The page; default: report.html in the run's folder.")] = None,
+) -> None:
+    """Write a run as one HTML page that works without a network: averages, a table of facts, their grids."""
+    from fasttrace.report import write_report
+    from fasttrace.stores import Store
+
+    store = Store.read(folder)
+    about = store.description
+    bad_rows = about.get("bad_rows", ())
+    path = write_report(
+        store.records(), out or folder / "report.html", title=about.get("name"), bad_rows=bad_rows, notes=store.notes
+    )
+    typer.echo(f"wrote {path}")

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from fasttrace import tutorial
 
 if TYPE_CHECKING:
+    from fasttrace.aggregate import Averages
     from fasttrace.results import TraceResult
 
-__all__ = ["comparison_text", "result_text"]
+__all__ = ["averages_text", "comparison_text", "result_text"]
 
 TOP = 10
 
@@ -44,6 +45,40 @@ def comparison_text(result: "TraceResult", tolerance: float) -> str:
         f"within {tolerance:g}",
     )
     return "\n\n".join([*tables, table([header, *rows], numbers=(1, 2, 3))])
+
+
+def averages_text(averages: "Averages", cells: int = 3) -> str:
+    """Averages over facts: what does not depend on a role, and each stream's strongest roles and blocks.
+
+    Args:
+        averages: of a run.
+        cells: how many of the strongest to show per stream.
+    """
+    left_out = [(averages.skipped, "skipped"), (averages.wrong, "not known"), (averages.undefined, "without effect")]
+    others = "".join(f", {count} {what}" for count, what in left_out if count)
+    return "\n\n".join([f"{averages.facts} facts averaged{others}", _totals(averages), _roles(averages, cells)])
+
+
+def _totals(averages: "Averages") -> str:
+    rows = [("average", "stream", "mean", "95 % interval")]
+    row: Any
+    for row in averages.totals().itertuples():
+        stream = row.stream if isinstance(row.stream, str) else ""
+        rows.append((str(row.quantity), stream, _number(row.mean), _interval(row)))
+    return table(rows, numbers=(2,))
+
+
+def _roles(averages: "Averages", cells: int) -> str:
+    rows = [("stream", "role", "block", f"mean {averages.value}", "95 % interval", "tokens")]
+    row: Any
+    for stream in averages.streams:
+        for row in averages.strongest(stream, cells).itertuples():
+            rows.append((stream, str(row.role), str(row.layer), _number(row.mean), _interval(row), str(row.count)))
+    return "roles and blocks with the largest means\n" + table(rows, numbers=(2, 3, 5))
+
+
+def _interval(row: Any) -> str:
+    return f"{row.low:+.4f} to {row.high:+.4f}"
 
 
 def table(rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> str:
