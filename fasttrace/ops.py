@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 
 from fasttrace.adapters import Anatomy
+from fasttrace.cpu_linears import fast_linears, onednn_is_faster
 from fasttrace.hooks import replaced_forward
 from fasttrace.packs import Pack
 
@@ -25,6 +26,9 @@ KERNEL_DEVICES = ("cuda",)
 """Where attention runs in the kernel rather than group by group."""
 
 _FUSING: ContextVar[bool] = ContextVar("fasttrace_fusing", default=False)
+
+ONEDNN_WIDTH = 256
+"""Narrowest hidden state of a model whose products may go through oneDNN."""
 
 CPU_CHUNK = 1024
 """Tokens that go through an MLP together on a CPU: what is between its two products then stays in the caches."""
@@ -73,9 +77,17 @@ def fused(anatomy: Anatomy, fuse: bool = True) -> Iterator[None]:
                 if isinstance(module, NewGELUActivation):
                     stack.enter_context(replaced_forward(module, gelu_tanh))
             if anatomy.device.type == "cpu" and not anatomy.is_offloaded:
+                if _takes_onednn(anatomy):
+                    stack.enter_context(fast_linears(anatomy.model))
                 for mlp in _dense_mlps(anatomy):
                     stack.enter_context(replaced_forward(mlp, in_chunks(mlp.forward)))
         yield
+
+
+def _takes_onednn(anatomy: Anatomy) -> bool:
+    """Narrow products cost more to call than to compute."""
+    is_wide = anatomy.dtype == torch.float32 and anatomy.d_model >= ONEDNN_WIDTH
+    return is_wide and onednn_is_faster(torch.get_num_threads())
 
 
 def _dense_mlps(anatomy: Anatomy) -> list[nn.Module]:
