@@ -66,7 +66,21 @@ class Comparison:
     others: float
 
 
-def compare(name: str, workload: Workload, trace: Run, result: Any, cells: list[Cell], rounds: int) -> Comparison:
+@dataclass(frozen=True)
+class Ours:
+    """fasttrace on the case.
+
+    Attributes:
+        trace: what is timed beside a peer whose work is the case.
+        result: what it found.
+    """
+
+    engine: str
+    trace: Run
+    result: Any
+
+
+def compare(name: str, workload: Workload, ours: Ours, cells: list[Cell], rounds: int) -> Comparison:
     """Check one peer's cells against fasttrace's grids, then time it and fasttrace in turns.
 
     Raises:
@@ -75,7 +89,7 @@ def compare(name: str, workload: Workload, trace: Run, result: Any, cells: list[
     """
     peer, everything = PEERS[name](workload), workload.case.cells()
     measured = cells if peer.cell_by_cell else everything
-    trace, expected = _same_work(peer, trace, result, measured)
+    trace, expected = _same_work(peer, ours, measured)
     difference = relative_difference(peer.probs(measured), expected)
     check(name, difference, TOLERANCE[workload.case.dtype])
     shares = _by_stream(measured) if peer.cell_by_cell else {"all": measured}
@@ -83,16 +97,16 @@ def compare(name: str, workload: Workload, trace: Run, result: Any, cells: list[
     runs |= {stream: partial(peer.probs, some) for stream, some in shares.items()}
     with Section(workload.device) as section:
         seconds = interleave(runs, rounds, workload.device)
-    ours, theirs = seconds["fasttrace"], _for_all_cells(workload.case, shares, seconds)
-    times = median(theirs), median(ours), *ratios(theirs, ours)
+    own, theirs = seconds["fasttrace"], _for_all_cells(workload.case, shares, seconds)
+    times = median(theirs), median(own), *ratios(theirs, own)
     return Comparison(name, peer.work, *times, difference, len(measured), len(everything), section.others)
 
 
-def _same_work(peer: Peer, trace: Run, result: Any, measured: list[Cell]) -> tuple[Run, list[float]]:
+def _same_work(peer: Peer, ours: Ours, measured: list[Cell]) -> tuple[Run, list[float]]:
     """What of fasttrace is timed beside a peer, and the probabilities that the peer's are compared with."""
-    run = peer.same_work()
+    run = peer.same_work(ours.engine)
     if run is None:
-        return trace, grid_values(result, measured)
+        return ours.trace, grid_values(ours.result, measured)
     found = dict(zip(peer.workload.case.cells(), run(), strict=True))
     return run, [found[cell] for cell in measured]
 
@@ -152,15 +166,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     workload = build(case, options.device)
     tracer = fasttrace.Tracer(workload.model)
     trace = partial(tracer.trace, workload.prompt, engine=options.engine, **workload.trace_options())
-    result = trace()
-    gate = agree(result, workload)
+    ours = Ours(options.engine, trace, trace())
+    gate = agree(ours.result, workload)
     print(f"gate: fasttrace agrees with plain passes to {gate:.1e} relative")
     cells = case.cells() if options.full else spread_cells(case, options.cells)
     report |= {"case": case.name, "dtype": case.dtype_name, "samples": case.samples, "gate": gate}
+    report |= {"engine": options.engine}
     report |= {"peers": [], "left_out": {}}
     for name in options.peers:
         try:
-            found = compare(name, workload, trace, result, cells, options.rounds)
+            found = compare(name, workload, ours, cells, options.rounds)
         except (MissingError, DisagreementError) as problem:
             print(f"{name}: left out: {problem}")
             report["left_out"][name] = f"{type(problem).__name__}: {problem}"

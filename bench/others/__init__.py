@@ -29,10 +29,14 @@ class Peer(ABC):
     def probs(self, cells: Sequence[Cell]) -> list[float]:
         """The mean probability of the target of each cell."""
 
-    def same_work(self) -> Callable[[], list[float]] | None:
-        """Fasttrace on this tool's own work, all cells in the case's order; None: the case itself is its work."""
+    def same_work(self, engine: str) -> Callable[[], list[float]] | None:
+        """Fasttrace on this tool's own work, all cells in the case's order; None: the case itself is its work.
+
+        Args:
+            engine: of fasttrace, the one that the case was traced with.
+        """
         return None
 
 
 class MissingError(RuntimeError):
-    """A peer's package is not installed."""
+    """A peer's package is not installed, or in a version without what is called."""

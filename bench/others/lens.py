@@ -4,8 +4,8 @@ Its work is another one than the case's: single blocks, not windows; a subject o
 input of a block where the case has its output. fasttrace is asked for the very same: `block_input` in place of
 `block_output`, window 1, and as noise the difference of the two subjects' embeddings.
 
-A bridge switches the model that it is given to eager attention and is made from a deep copy. It installs with `pip
-install --no-deps transformer-lens==4.3.0` and then beartype, datasets, fancy-einsum, jaxtyping, typeguard<5.
+A bridge switches the model that it is given to eager attention and is made from a deep copy. It installs beside
+transformers 5: `pip install transformer-lens==4.3.0 -c constraints.txt`.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,11 +37,11 @@ class Lens(Peer):
 
     def __init__(self, workload: Workload) -> None:
         super().__init__(workload)
-        self.patching, self.bridge = _import_patching(), _bridge(workload)
-        self.clean = torch.tensor([workload.prompt], device=workload.device)
-        self.corrupted = _with_other_subject(workload).to(workload.device)
+        self.patching, wrapper = _import_lens()
+        self.bridge = _bridge(wrapper, workload)
+        self.corrupted = with_other_subject(workload)
         with torch.no_grad():
-            _, self.cache = self.bridge.run_with_cache(self.clean)
+            _, self.cache = self.bridge.run_with_cache(_clean(workload))
 
     @torch.no_grad()
     def probs(self, cells: Sequence[Cell]) -> list[float]:
@@ -67,45 +67,54 @@ class Lens(Peer):
     def _prob(self, logits: Tensor) -> Tensor:
         return logits[0, -1].float().softmax(-1)[self.workload.target]
 
-    def same_work(self) -> Callable[[], list[float]]:
+    def same_work(self, engine: str) -> Callable[[], list[float]]:
         """Fasttrace's grids of the same sites, window and corruption."""
-        runner = Runner(self.workload)
-        cells = runner.cells([SITES.get(stream, stream) for stream in STREAMS], window=1)
-        job = runner.job(cells, self._corruption())
-        return lambda: runner.run(job)[0].cells.mean(1).tolist()
-
-    @torch.no_grad()
-    def _corruption(self) -> Corruption:
-        begin, end = self.workload.case.subject
-        embedding = self.workload.model.get_input_embeddings()
-        clean, corrupted = (embedding(ids).double().cpu() for ids in (self.clean, self.corrupted))
-        noise = (corrupted - clean)[:, begin:end]
-        return Corruption((begin, end), float(noise.std()), 0, noise)
+        return same_sweep(self.workload, engine)
 
 
-def _with_other_subject(workload: Workload) -> Tensor:
+def same_sweep(workload: Workload, engine: str) -> Callable[[], list[float]]:
+    """Fasttrace on TransformerLens's work: all cells of a case, in its order."""
+    runner = Runner(workload, engine)
+    cells = runner.cells([SITES.get(stream, stream) for stream in STREAMS], window=1)
+    job = runner.job(cells, _replacement(workload))
+    return lambda: runner.run(job)[0].cells.mean(1).tolist()
+
+
+@torch.no_grad()
+def _replacement(workload: Workload) -> Corruption:
+    """The noise that turns the subject's embeddings into those of the other subject."""
+    begin, end = workload.case.subject
+    embedding = workload.model.get_input_embeddings()
+    clean, corrupted = (embedding(ids).double().cpu() for ids in (_clean(workload), with_other_subject(workload)))
+    noise = (corrupted - clean)[:, begin:end]
+    return Corruption((begin, end), float(noise.std()), 0, noise)
+
+
+def with_other_subject(workload: Workload) -> Tensor:
     """The prompt [1, token] with each token of the subject replaced by another."""
-    vocabulary = workload.model.config.vocab_size
-    prompt = torch.tensor([workload.prompt])
+    vocabulary, prompt = workload.model.config.vocab_size, _clean(workload)
     subject = prompt[:, slice(*workload.case.subject)]
     subject.add_(vocabulary // 2).remainder_(vocabulary)
     return prompt
 
 
-def _import_patching() -> Any:
+def _clean(workload: Workload) -> Tensor:
+    return torch.tensor([workload.prompt], device=workload.device)
+
+
+def _import_lens() -> tuple[Any, Any]:
     try:
         from transformer_lens import patching
+        from transformer_lens.model_bridge import TransformerBridge
     except ImportError as missing:
-        raise MissingError(f"{missing}; see bench/others/lens.py") from missing
-    return patching
+        raise MissingError(f"{missing}; pip install transformer-lens==4.3.0 -c constraints.txt") from missing
+    return patching, TransformerBridge
 
 
-def _bridge(workload: Workload) -> Any:
-    from transformer_lens.model_bridge import TransformerBridge
-
+def _bridge(wrapper: Any, workload: Workload) -> Any:
     model: Any = deepcopy(workload.model)
     with TemporaryDirectory() as folder:
         number_tokenizer(model.config.vocab_size).save_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         place = {"device": str(workload.device), "dtype": workload.case.dtype}
-        return TransformerBridge.boot_transformers(folder, hf_model=model, tokenizer=tokenizer, **place)
+        return wrapper.boot_transformers(folder, hf_model=model, tokenizer=tokenizer, **place)

@@ -1,7 +1,7 @@
 """nnsight (0.8): many invokes in one trace, which it runs as one batch; one trace before it for the clean values.
 
-It wraps a deep copy, so that what it leaves on a model does not slow the others. It installs with `pip install
---no-deps nnsight==0.8.1` and then cloudpickle, greenlet, httpx, websocket-client, zstandard.
+It wraps a deep copy, so that what it leaves on a model does not slow the others. It installs beside transformers 5:
+`pip install nnsight==0.8.1 -c constraints.txt`.
 """
 
 from collections.abc import Sequence
@@ -86,5 +86,5 @@ def _import_nnsight() -> tuple[Any, Any]:
         import nnsight
         from nnsight.modeling.transformers import TransformersModel
     except ImportError as missing:
-        raise MissingError(f"{missing}; see bench/others/nnsight_invokes.py") from missing
+        raise MissingError(f"{missing}; pip install nnsight==0.8.1 -c constraints.txt") from missing
     return nnsight, TransformersModel
