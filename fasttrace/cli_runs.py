@@ -1,5 +1,6 @@
 """Commands for sets of facts: run, export, average, report."""
 
+import logging
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -81,9 +82,11 @@ def run(
     from fasttrace.progress import FactsBar
     from fasttrace.runs import run as run_facts
 
+    ranks = Ranks.current(cpu=device.startswith("cpu"))
+    if not ranks.is_first:
+        _say_only_errors()
     found = read_facts(facts if facts == "builtin" else Path(facts), strict=strict, limit=limit)
     subjects = None if noise_subjects is None else read_subjects(noise_subjects)
-    ranks = Ranks.current(cpu=device.startswith("cpu"))
     loading = {"dtype": dtype, "revision": revision, "modules": module_paths(module), "fuse": fuse}
     loading |= {"device_map": device_map, "offload_folder": offload_folder}
     device = ranks.device if device == "auto" and device_map is None else device
@@ -95,6 +98,12 @@ def run(
         outcome = run_facts(tracer, found, out, ranks=ranks, shard=shard, progress=progress, **options)
     if ranks.is_first:
         typer.echo(_summary(outcome, out))
+
+
+def _say_only_errors() -> None:
+    """Leaves it to the first process to say what all of them would."""
+    for name in ("fasttrace", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _summary(outcome: "Outcome", out: Path) -> str:

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from fasttrace.cost import Cost, total
 from fasttrace.engines.job import Job
 from fasttrace.engines.passes import run_together
-from fasttrace.errors import FasttraceError, StoreError
+from fasttrace.errors import FasttraceError, PlanError, StoreError
 from fasttrace.many import Encoded, Planned, Study
 from fasttrace.ops import fused
 from fasttrace.readout import Scores
@@ -54,10 +55,20 @@ class Ranks:
 
         Args:
             cpu: compute on the CPU although there are GPUs.
+
+        Raises:
+            PlanError: the launcher started several processes, and they do not see each other.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started < 2:
             return cls()
-        state = PartialState(cpu=cpu)
+        # Without GPUs, and without being told so, accelerate takes every process for the only one.
+        state = PartialState(cpu=cpu or not torch.cuda.is_available())
+        if state.num_processes != started:
+            raise PlanError(
+                f"the launcher started {started} processes, of which this one sees {state.num_processes}: start them "
+                "with accelerate launch or torchrun, and make no PartialState or Accelerator before"
+            )
         return cls(state.process_index, state.num_processes)
 
     @property
@@ -159,14 +170,20 @@ class Claims:
 def claims(ranks: Ranks, folder: Path) -> Iterator[Claims]:
     """Claims for one run in a store's folder, removed when all processes are done.
 
+    After an error they stay where other processes may still ask for numbers; a later run removes them.
+
     Raises:
         StoreError: the folder cannot be written to.
     """
     made = Claims(Path(ranks.first(lambda: str(_new_claims(folder)))))
-    yield made
-    ranks.all(lambda: None)  # nobody asks for a number any more
-    if ranks.is_first:
-        shutil.rmtree(made.folder, ignore_errors=True)
+    unused = ranks.world == 1
+    try:
+        yield made
+        ranks.all(lambda: None)  # nobody asks for a number any more
+        unused = True
+    finally:
+        if unused and ranks.is_first:
+            shutil.rmtree(made.folder, ignore_errors=True)
 
 
 def _new_claims(folder: Path) -> Path:

@@ -98,6 +98,8 @@ def run(
     if shard == "cells":
         values = {field.name: getattr(study, field.name) for field in fields(study)}
         study = CellSharded(**values, ranks=ranks)
+    if encoded:
+        study.sweep.job(encoded[0].prompt)  # raises what would otherwise be raised when the folder has been made
     study = replace(study, budget=Budget(min(ranks.all(lambda: study.budget.tokens))))
     store = _opened(ranks, Path(folder), fingerprint_of(tracer, study), facts)
     return _Run(ranks, study, store, facts, progress).run(encoded, refused)
@@ -120,12 +122,14 @@ class _Run:
     Attributes:
         packs: what is left to trace.
         skipped: facts that were skipped in this start, in all processes.
+        told: what was told last.
     """
 
     def __init__(self, ranks: Ranks, study: Study, store: Store, facts: FactSet, progress: Progress | None):
         self.ranks, self.study, self.store, self.facts, self.progress = ranks, study, store, facts, progress
         self.packs: list[list[Encoded]] = []
         self.skipped = 0
+        self.told: Told | None = None
 
     def run(self, encoded: Sequence[Encoded], refused: Sequence[Record]) -> Outcome:
         """Does what is left to do."""
@@ -138,6 +142,8 @@ class _Run:
         with claims(self.ranks, self.store.folder) as claimed:
             self._tell(claimed)
             self._trace(claimed)
+            self.ranks.all(lambda: None)  # others may have been at their last packs when this process told last
+            self._tell(claimed)
         return self._outcome(len(self.facts) - len(left))
 
     def _asked(self, encoded: Sequence[Encoded], left: set[str]) -> list[Encoded]:
@@ -177,14 +183,11 @@ class _Run:
         done = [each for number in claimed.finished() for each in self.packs[number]]
         facts = self.skipped + sum(map(len, self.packs))
         cells = len(self.study.sweep.windows) * self.study.sweep.anatomy.n_layers
-        self.progress(
-            Told(
-                facts,
-                self.skipped + len(done),
-                self.skipped,
-                cells * sum(len(each.prompt.token_ids) for each in done),
-            )
-        )
+        cells *= sum(len(each.prompt.token_ids) for each in done)
+        told = Told(facts, self.skipped + len(done), self.skipped, cells)
+        if told != self.told:
+            self.told = told
+            self.progress(told)
 
     def _outcome(self, before: int) -> Outcome:
         status = self._status()
