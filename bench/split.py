@@ -34,8 +34,8 @@ CALL, FIRST_BLOCK, ATTENTION, HEAD, READOUT = (
 RANGES = {ATTENTION: "attention", HEAD: "head", READOUT: "head"}
 
 KINDS = {
-    "matmul": ("addmm", "::mm", "::linear", "matmul", "gemm"),
-    "attention": ("scaled_dot_product", "softmax", "bmm", "suffix_attention", "flash", "fmha"),
+    "matmul": ("addmm", "::mm", "::bmm", "::linear", "matmul", "gemm"),
+    "attention": ("scaled_dot_product", "softmax", "suffix_attention", "flash", "fmha"),
     "restore": ("index_select", "index_copy", "index_put", "::index", "::gather", "::scatter"),
     "glue": ("embedding",),
 }
