@@ -113,7 +113,7 @@ def _summary(outcome: "Outcome", out: Path) -> str:
     about = outcome.store.description
     if about["bad_rows"]:
         lines.append(
-            f"{len(about['bad_rows'])} rows of {about['name']} are no facts: {out / 'manifest.json'} lists them"
+            f"malformed rows of {about['name']}, skipped: {len(about['bad_rows'])}, see {out / 'manifest.json'}"
         )
     return "\n".join([*lines, f"next: fasttrace report {out}, fasttrace average {out}, fasttrace export {out}"])
 

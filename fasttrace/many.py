@@ -160,10 +160,10 @@ class Study:
 
     def _planned(self, facts: Sequence[Encoded]) -> Planned:
         jobs = [self.sweep.job(each.prompt) for each in facts]
-        ready = None
-        if len(jobs) > 1:
-            ready = READY[self.sweep.choice.name](self.sweep.anatomy, jobs, self.fuse)
-        return Planned(facts, jobs, ready)
+        make_ready = READY.get(self.sweep.choice.name)
+        if len(jobs) == 1 or make_ready is None:
+            return Planned(facts, jobs)
+        return Planned(facts, jobs, make_ready(self.sweep.anatomy, jobs, self.fuse))
 
     def _records(self, planned: Planned) -> list[Record]:
         try:

@@ -136,7 +136,7 @@ class _Run:
         left = {fact.id for fact in self.ranks.first(lambda: self.store.remaining(self.facts.facts))}
         refused = [record for record in refused if record.fact.id in left]
         self._skip(refused if self.ranks.is_first else [], len(refused))
-        packs = self.study.packed(self._asked(encoded, left))
+        packs = self._packed(self._asked(encoded, left))
         still = ([each for each in pack if each.fact.id in left] for pack in packs)
         self.packs = [pack for pack in still if pack]
         with claims(self.ranks, self.store.folder) as claimed:
@@ -145,6 +145,12 @@ class _Run:
             self.ranks.all(lambda: None)  # others may have been at their last packs when this process told last
             self._tell(claimed)
         return self._outcome(len(self.facts) - len(left))
+
+    def _packed(self, asked: Sequence[Encoded]) -> list[list[Encoded]]:
+        """The packs as the first process makes them: their numbers mean the same everywhere."""
+        by_id = {each.fact.id: each for each in asked}
+        ids = self.ranks.first(lambda: [[each.fact.id for each in pack] for pack in self.study.packed(asked)])
+        return [[by_id[fact_id] for fact_id in pack] for pack in ids]
 
     def _asked(self, encoded: Sequence[Encoded], left: set[str]) -> list[Encoded]:
         """Facts to trace, and those that an earlier start traced: so that every start makes the same packs."""

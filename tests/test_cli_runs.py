@@ -86,7 +86,7 @@ def test_rows_that_are_no_facts_are_counted_and_listed(home, tmp_path):
     (home / "mixed.jsonl").write_text('{"prompt": "The Needle is"}\n' + (home / "facts.jsonl").read_text())
     done = run(home, tmp_path / "run", facts="mixed.jsonl")
     assert done.exit_code == 0, done.output
-    assert f"1 rows of mixed.jsonl are no facts: {tmp_path / 'run' / 'manifest.json'} lists them" in done.stdout
+    assert f"malformed rows of mixed.jsonl, skipped: 1, see {tmp_path / 'run' / 'manifest.json'}" in done.stdout
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["facts"]["bad_rows"] == ["line 1: subject is missing: expected prompt and subject, found prompt"]
 

@@ -174,7 +174,7 @@ def test_one_process_speaks_of_rows_that_are_no_facts(home, tmp_path, launcher):
     codes, said = launcher.run(*request)
     assert codes == [0, 0], said
     assert said.count("skipped 1 of 61 rows") == 1
-    assert said.count("1 rows of facts.jsonl are no facts") == 1
+    assert said.count("malformed rows of facts.jsonl, skipped: 1") == 1
 
 
 # Ranks.

@@ -42,7 +42,7 @@ def run_together(
     """Runs the jobs of several prompts, in one pass if it fits; a prompt alone may take several.
 
     Args:
-        engine: one of `engines.PACKING` for more than one job.
+        engine: those of `engines.PACKING` run several jobs in a pass, others one after the other.
         anatomy: the model.
         jobs: a job a prompt, in any order.
         budget: lowered when memory runs out.
@@ -52,8 +52,8 @@ def run_together(
         EngineError: one cell and one noise sample do not fit into memory; or see the engines.
         NumericsError: see the engines.
     """
-    if len(jobs) == 1:
-        return [_run(engine, anatomy, jobs[0], budget, None)]
+    if len(jobs) == 1 or engine not in PACKING:
+        return [_run(engine, anatomy, job, budget, None) for job in jobs]
     tokens = peak_tokens([job.plan(anatomy.n_layers, LAYOUTS[engine]) for job in jobs])
     if tokens <= budget.tokens:
         try:
