@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasttrace.cells import SITES, STREAMS, Edit
 from fasttrace.engines import ENGINES, cost_of_job
@@ -284,3 +285,37 @@ def test_all_tables_of_a_plan_reach_the_device_in_one_copy(monkeypatch):
         if moved.mlp_computed is not None:
             np.testing.assert_array_equal(moved.mlp_computed[0], block.mlp_keep)
             np.testing.assert_array_equal(moved.mlp_computed[1], block.mlp_spread)
+
+
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal")
+"""Operations whose result the host has to wait for."""
+
+
+class Watched(TorchDispatchMode):
+    """Notes the operations of a pass, up to its readout."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("engine", FAST_ENGINES)
+def test_nothing_waits_for_the_device_before_the_readout(family, engine, monkeypatch):
+    """What would be a synchronisation on a GPU is an operation that gives the host a number."""
+    from fasttrace.engines import tables
+
+    job, before_readout = make_job(7, (1, 4), 2, all_grids(STREAMS, 3, 7)), []
+    right = tables.LastBlock.scores
+    monkeypatch.setattr(
+        tables.LastBlock, "scores", lambda *arguments: before_readout.extend(watched.names) or right(*arguments)
+    )
+    anatomy = tiny_anatomy(family)
+    with Watched() as watched:
+        ENGINES[engine](anatomy, job, lambda: None)
+    assert len(before_readout) > 100
+    assert not [name for name in before_readout if name.split(".")[0] in WAITING]
+    assert [name for name in watched.names[len(before_readout) :] if name.split(".")[0] in WAITING], "it can be seen"
