@@ -1,10 +1,12 @@
 """What many tests need: tiny models, jobs on them, and quiet settings."""
 
 import os
+from collections import Counter
 from functools import cache
 
 import pytest
 import torch
+from accelerate import hooks as accelerate_hooks
 from hypothesis import settings
 
 from fasttrace.adapters import Anatomy, anatomy_of
@@ -52,3 +54,17 @@ def all_grids(streams: tuple[str, ...], window: int, n_positions: int) -> tuple[
 def family(request) -> str:
     """Every family in turn."""
     return request.param
+
+
+@pytest.fixture
+def loads(monkeypatch) -> Counter:
+    """(module, parameter) -> how often accelerate has brought its weights."""
+    counts = Counter()
+    bring = accelerate_hooks.set_module_tensor_to_device
+
+    def counted(module, name, device, *args, **kwargs):
+        counts[module, name] += torch.device(device).type != "meta"
+        return bring(module, name, device, *args, **kwargs)
+
+    monkeypatch.setattr(accelerate_hooks, "set_module_tensor_to_device", counted)
+    return counts

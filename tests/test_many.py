@@ -5,13 +5,17 @@ import logging
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 
 import fasttrace
 from fasttrace import NumericsError, PromptError, many
 from fasttrace.datasets import Fact
 from fasttrace.engines import select, wavefront
 from fasttrace.many import study_of, trace_all
+from tests.conftest import tiny_model
 from tests.test_api import tracer_with_text
+from tests.test_sizes import loads_in_blocks
+from tests.tokenizers import byte_level
 
 FACTS = [
     Fact("needle", "The Space Needle is in downtown", "The Space Needle", "Seattle"),
@@ -210,6 +214,20 @@ def test_the_clean_top_token_is_found_for_prompts_of_any_length(family):
     tops = many.clean_tops(study.sweep, [each.prompt for each in encoded])
     for each, top in zip(encoded, tops, strict=True):
         assert top == tracer.trace(each.fact.prompt, subject=each.fact.subject, samples=1, noise=1.0).top["clean"][0][0]
+
+
+def test_the_blocks_of_an_offloaded_model_come_once_for_all_prompts(family, loads):
+    in_memory = by_id(tracer_with_text(family).trace_many(FACTS, **OPTIONS))
+    tokenizer = byte_level()
+    model = cpu_offload(tiny_model(family, vocab_size=len(tokenizer)), torch.device("cpu"))
+    tracer = fasttrace.Tracer(model, tokenizer)
+    study, encoded, refused = study_of(tracer, FACTS, **OPTIONS)
+    study.packed(encoded)
+    loads.clear()
+    found = by_id(trace_all(study, encoded, refused))
+    assert set(loads_in_blocks(tracer.anatomy, loads).values()) == {1}
+    for name, record in found.items():
+        assert_same_grids(record.result, in_memory[name].result)
 
 
 def test_records_are_given_as_soon_as_they_are_known(family, monkeypatch):

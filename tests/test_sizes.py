@@ -2,13 +2,11 @@
 
 import logging
 import warnings
-from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from accelerate import hooks as accelerate_hooks
 from torch import nn
 
 from fasttrace.adapters import anatomy_of
@@ -61,20 +59,6 @@ def offloaded(family, way, folder):
 
 def loaded_weights(model):
     return [name for name, parameter in model.named_parameters() if not parameter.is_meta]
-
-
-@pytest.fixture
-def loads(monkeypatch):
-    """(module, parameter) -> how often accelerate has brought its weights."""
-    counts = Counter()
-    bring = accelerate_hooks.set_module_tensor_to_device
-
-    def counted(module, name, device, *args, **kwargs):
-        counts[module, name] += torch.device(device).type != "meta"
-        return bring(module, name, device, *args, **kwargs)
-
-    monkeypatch.setattr(accelerate_hooks, "set_module_tensor_to_device", counted)
-    return counts
 
 
 def loads_in_blocks(anatomy, loads):
