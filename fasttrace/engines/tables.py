@@ -216,7 +216,7 @@ class LastBlock:
         parts = np.split(rows.cpu().numpy(), np.cumsum(sizes)[:-1])
         return [
             scores_of_rows(part.reshape(plan.last_tokens.shape), plan.cell_row, base, target)
-            for part, plan, base, target in zip(parts, plans, bases, wanted.tolist(), strict=True)
+            for part, plan, base, target in zip(parts, plans, bases, wanted.cpu().tolist(), strict=True)
         ]
 
 
