@@ -3,6 +3,7 @@
 import json
 import sys
 from contextlib import ExitStack
+from typing import Any
 from pathlib import Path
 from types import ModuleType
 
@@ -57,7 +58,8 @@ def replaced(workload: Workload, cell: Cell) -> float:
         hidden[:, cell.position] = clean[0]
         return hidden
 
-    for ids, edit in ((torch.tensor([workload.prompt]), keep), (with_other_subject(workload), restore)):
+    runs: list[tuple[Any, Any]] = [(torch.tensor([workload.prompt]), keep), (with_other_subject(workload), restore)]
+    for ids, edit in runs:
         with torch.no_grad(), ExitStack() as stack:
             if cell.stream == "block_output":  # restored where the block begins
                 handle = module.register_forward_pre_hook(lambda _, args, edit=edit: (edit(args[0]), *args[1:]))
