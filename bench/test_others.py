@@ -2,10 +2,11 @@
 
 import json
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,6 +44,11 @@ def ours(workload: Workload) -> peers.Ours:
     return peers.Ours("rows", lambda: None, result)
 
 
+def _on_first(edit: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any, tuple], tuple]:
+    """A hook that edits a module's first argument."""
+    return lambda _, args: (edit(args[0]), *args[1:])
+
+
 def replaced(workload: Workload, cell: Cell) -> float:
     """A cell of TransformerLens's sweep in two plain passes: the clean value at a block's input, MLP or attention."""
     trunk, attention = ("transformer.h", "attn") if workload.case.is_gpt2 else ("model.layers", "self_attn")
@@ -58,11 +64,10 @@ def replaced(workload: Workload, cell: Cell) -> float:
         hidden[:, cell.position] = clean[0]
         return hidden
 
-    runs: list[tuple[Any, Any]] = [(torch.tensor([workload.prompt]), keep), (with_other_subject(workload), restore)]
-    for ids, edit in runs:
+    for ids, edit in ((torch.tensor([workload.prompt]), keep), (with_other_subject(workload), restore)):
         with torch.no_grad(), ExitStack() as stack:
             if cell.stream == "block_output":  # restored where the block begins
-                handle = module.register_forward_pre_hook(lambda _, args, edit=edit: (edit(args[0]), *args[1:]))
+                handle = module.register_forward_pre_hook(_on_first(edit))
                 stack.callback(handle.remove)
             else:
                 stack.enter_context(editing(module, edit))
