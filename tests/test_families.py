@@ -152,9 +152,9 @@ def earlier(position):
 def bare_head(patch):
     """Final norm and head without what the model's forward does after them."""
 
-    def tail(anatomy, states, target, _):
+    def tail(anatomy, states, targets, _):
         model = anatomy.model
-        return model.lm_head(model.model.norm(states)).softmax(-1)[:, target]
+        return model.lm_head(model.model.norm(states)).softmax(-1).gather(1, targets[:, None])[:, 0]
 
     patch.setattr(readout, "_tail", tail)
 
