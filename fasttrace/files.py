@@ -19,6 +19,7 @@ __all__ = [
     "FORMAT_VERSION",
     "SCHEMA_KEY",
     "TEMPORARY",
+    "as_utf8",
     "atomic_write",
     "read_parquet",
     "remove_stale",
@@ -224,3 +225,11 @@ def _read_payload(table: pa.Table, path: Path) -> dict[str, Any]:
             f"{path} has format version {version}, this fasttrace reads up to {FORMAT_VERSION}: upgrade fasttrace"
         )
     return payload
+
+
+def as_utf8(text: Any) -> Any:
+    """Gives a text, or a list of them, as Arrow can hold it: lone surrogates become "?"; other values stay."""
+    if isinstance(text, list):
+        return [as_utf8(item) for item in text]
+    # Arrow strings are UTF-8, which has no lone surrogates; the JSON in `details` keeps them.
+    return text.encode("utf-8", "replace").decode("utf-8") if isinstance(text, str) else text

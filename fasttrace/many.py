@@ -16,11 +16,11 @@ import torch
 
 from fasttrace.cost import Cost
 from fasttrace.datasets import Fact, read_facts
-from fasttrace.engines import READY
+from fasttrace.engines import LAYOUTS, READY
 from fasttrace.engines.job import Job
 from fasttrace.engines.memory import Budget, tokens_allowed
 from fasttrace.engines.passes import run_together
-from fasttrace.engines.select import shares_passes
+from fasttrace.engines.select import prompts_share_passes
 from fasttrace.errors import NumericsError, PromptError
 from fasttrace.hooks import evaluating
 from fasttrace.ops import fused
@@ -124,7 +124,7 @@ class Study:
 
     def packed(self, facts: Iterable[Encoded]) -> list[list[Encoded]]:
         """Which facts share a pass: neighbours of like shape, the longest first, within the budget."""
-        together = shares_passes(self.sweep.anatomy, self.sweep.choice.name, self.fuse)
+        together = prompts_share_passes(self.sweep.anatomy, self.sweep.choice.name, self.fuse)
         packs: list[list[Encoded]] = []
         room = 0
         for each in sorted(facts, key=lambda each: (*each.shape, each.fact.id), reverse=True):
@@ -160,8 +160,10 @@ class Study:
 
     def _planned(self, facts: Sequence[Encoded]) -> Planned:
         jobs = [self.sweep.job(each.prompt) for each in facts]
-        make_ready = READY.get(self.sweep.choice.name)
+        make_ready, layout = READY.get(self.sweep.choice.name), LAYOUTS.get(self.sweep.choice.name)
         if len(jobs) == 1 or make_ready is None:
+            if layout is not None:
+                jobs[0].plan(self.sweep.anatomy.n_layers, layout)  # into the cache, where the engine looks first
             return Planned(facts, jobs)
         return Planned(facts, jobs, make_ready(self.sweep.anatomy, jobs, self.fuse))
 

@@ -48,7 +48,7 @@ import pyarrow.parquet as pq
 from fasttrace.cost import Cost
 from fasttrace.datasets import Fact
 from fasttrace.errors import StoreError
-from fasttrace.files import SCHEMA_KEY
+from fasttrace.files import SCHEMA_KEY, as_utf8
 from fasttrace.manifest import STORE_VERSION
 from fasttrace.results import TraceResult
 
@@ -57,7 +57,6 @@ __all__ = [
     "PLAIN_COLUMNS",
     "DamagedPartError",
     "Record",
-    "as_utf8",
     "decode_record",
     "encode_part",
     "part_name",
@@ -195,14 +194,6 @@ def decode_record(table: pa.Table, row: int) -> Record:
         prob, std = (_grids(table, row, value, details["streams"]) for value in ("prob", "std"))
         result = _result(cells, details, prob, std)
     return Record(fact, result, cells["reason"], cells["correct"])
-
-
-def as_utf8(text: Any) -> Any:
-    """Gives a text, or a list of them, as Arrow can hold it: lone surrogates become "?"; other values stay."""
-    if isinstance(text, list):
-        return [as_utf8(item) for item in text]
-    # Arrow strings are UTF-8, which has no lone surrogates; the JSON in `details` keeps them.
-    return text.encode("utf-8", "replace").decode("utf-8") if isinstance(text, str) else text
 
 
 def _sum(content: bytes) -> str:

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from fasttrace.cost import Cost
 from fasttrace.errors import PlanError, StoreError
-from fasttrace.files import atomic_write, read_parquet, write_parquet
+from fasttrace.files import as_utf8, atomic_write, read_parquet, write_parquet
 from fasttrace.rome import rome_arrays, rome_path
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class TraceResult:
             "stream": stream,
             "layer": layer,
             "position": position,
-            "token": np.array([_utf8(token) for token in self.tokens], dtype=object)[position],
+            "token": np.array([as_utf8(token) for token in self.tokens], dtype=object)[position],
             "in_subject": (start <= position) & (position < stop),
         }
         return pd.DataFrame(cells | {value: self.grid(stream, value).ravel() for value in VALUES})
@@ -187,7 +187,7 @@ class TraceResult:
         if _check_count(n) > len(rows):
             raise PlanError(f"n={n}: this result keeps the {len(rows)} most probable tokens; ask for fewer")
         ids, tokens, probs = zip(*rows[:n], strict=True)
-        return pd.DataFrame({"id": ids, "token": [_utf8(token) for token in tokens], "prob": probs})
+        return pd.DataFrame({"id": ids, "token": [as_utf8(token) for token in tokens], "prob": probs})
 
     def summary(self, n: int = 3) -> dict[str, Any]:
         """Gives what matters as plain values for ``json.dumps``; a value that is not finite becomes None.
@@ -343,11 +343,6 @@ def _over(effect: np.ndarray, total: float) -> np.ndarray:
     if total == 0:
         return np.full_like(effect, math.nan)
     return effect / total
-
-
-def _utf8(text: str) -> str:
-    # Arrow strings are UTF-8, which has no lone surrogates; the stored JSON keeps them.
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _finite(value: Any) -> Any:

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from fasttrace.datasets import Fact
 from fasttrace.errors import StoreError
-from fasttrace.files import TEMPORARY, atomic_write, remove_stale, set_aside
+from fasttrace.files import TEMPORARY, as_utf8, atomic_write, remove_stale, set_aside
 from fasttrace.manifest import (
     GO_ON,
     VERSIONS,
@@ -36,7 +36,6 @@ from fasttrace.parts import (
     PLAIN_COLUMNS,
     DamagedPartError,
     Record,
-    as_utf8,
     decode_record,
     encode_part,
     part_name,

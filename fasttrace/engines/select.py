@@ -96,7 +96,7 @@ def choose(anatomy: Anatomy, engine: str = "auto", fuse: bool = True) -> EngineC
     return EngineChoice(engine, f"asked for by name; {engine} passed the self-check", error)
 
 
-def shares_passes(anatomy: Anatomy, engine: str, fuse: bool = True) -> bool:
+def prompts_share_passes(anatomy: Anatomy, engine: str, fuse: bool = True) -> bool:
     """Whether prompts of several lengths may share an engine's passes, checked once per model object.
 
     Args:
