@@ -1,13 +1,14 @@
 """Matrix products of float32 models on a CPU, through whichever of torch's two libraries is faster there.
 
 torch computes float32 products with MKL. On some CPUs, AMD's among them, oneDNN has kernels that run twice as fast with
-the same rounding error; on others MKL wins. Which one it is, is measured once a process.
+the same rounding error; on others MKL wins in the blocks and oneDNN in the head, whose weight is so large that MKL spends
+its time on rearranging it. Which one it is, is measured once a process for each of the two.
 """
 
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import Any
@@ -20,8 +21,9 @@ from fasttrace.hooks import replaced_forward
 
 logger = logging.getLogger("fasttrace")
 
-PROBE = (512, 1024, 2048)
-"""Tokens, inputs and outputs of the product that is measured."""
+BLOCK_PROBE = (512, 1024, 2048)
+HEAD_PROBE = (128, 512, 32768)
+"""Tokens, inputs and outputs of the products that are measured: in a block, and in the head with its few tokens."""
 
 ROUNDS = 3
 CLEARLY = 1.15
@@ -48,16 +50,17 @@ def onednn_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 
 
 @lru_cache(maxsize=8)
-def onednn_is_faster(threads: int) -> bool:
+def onednn_is_faster(threads: int, probe: tuple[int, int, int]) -> bool:
     """Whether oneDNN's products are clearly faster than MKL's here, and as exact; measured once.
 
     Args:
         threads: that torch computes with.
+        probe: tokens, inputs and outputs of the product.
     """
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     generator = torch.Generator().manual_seed(0)
-    tokens, inputs, outputs = PROBE
+    tokens, inputs, outputs = probe
     hidden, weight = (torch.randn(size, generator=generator) for size in ((tokens, inputs), (outputs, inputs)))
     error = torch.linalg.norm(onednn_linear(hidden, weight, None) - nn.functional.linear(hidden, weight))
     if not error <= LARGEST_ERROR * torch.linalg.norm(nn.functional.linear(hidden, weight)):
@@ -66,7 +69,8 @@ def onednn_is_faster(threads: int) -> bool:
         [_seconds(linear, hidden, weight) for linear in (nn.functional.linear, onednn_linear)] for _ in range(ROUNDS)
     ]
     mkl, onednn = map(min, zip(*seconds, strict=True))
-    logger.info("float32 products with %d threads: oneDNN %.2f times as fast as MKL", threads, mkl / onednn)
+    size = " x ".join(map(str, probe))
+    logger.info("float32 products %s with %d threads: oneDNN %.2f times as fast as MKL", size, threads, mkl / onednn)
     return mkl > CLEARLY * onednn
 
 
@@ -77,11 +81,11 @@ def _seconds(linear: Callable[..., Tensor], hidden: Tensor, weight: Tensor) -> f
 
 
 @contextmanager
-def fast_linears(model: nn.Module) -> Iterator[None]:
-    """While open, float32 linears on the CPU compute with oneDNN, if that is faster; other modules are left alone."""
+def fast_linears(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """While open, the float32 linears among modules on the CPU compute with oneDNN; other modules are left alone."""
     with ExitStack() as stack:
         turned = _Transposed()
-        for module in model.modules():
+        for module in modules:
             if _is_plain(module, nn.Linear):
                 stack.enter_context(replaced_forward(module, _of_linear(module)))
             elif _is_plain(module, Conv1D):

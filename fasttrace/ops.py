@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 
 from fasttrace.adapters import Anatomy
-from fasttrace.cpu_linears import fast_linears, onednn_is_faster
+from fasttrace.cpu_linears import BLOCK_PROBE, HEAD_PROBE, fast_linears, onednn_is_faster
 from fasttrace.hooks import replaced_forward
 from fasttrace.packs import Pack
 
@@ -77,17 +77,19 @@ def fused(anatomy: Anatomy, fuse: bool = True) -> Iterator[None]:
                 if isinstance(module, NewGELUActivation):
                     stack.enter_context(replaced_forward(module, gelu_tanh))
             if anatomy.device.type == "cpu" and not anatomy.is_offloaded:
-                if _takes_onednn(anatomy):
-                    stack.enter_context(fast_linears(anatomy.model))
+                stack.enter_context(fast_linears(_for_onednn(anatomy)))
                 for mlp in _dense_mlps(anatomy):
                     stack.enter_context(replaced_forward(mlp, in_chunks(mlp.forward)))
         yield
 
 
-def _takes_onednn(anatomy: Anatomy) -> bool:
-    """Narrow products cost more to call than to compute."""
-    is_wide = anatomy.dtype == torch.float32 and anatomy.d_model >= ONEDNN_WIDTH
-    return is_wide and onednn_is_faster(torch.get_num_threads())
+def _for_onednn(anatomy: Anatomy) -> list[nn.Module]:
+    """Modules whose matrix products are left to oneDNN, where they have any; narrow ones cost more to call."""
+    if anatomy.dtype != torch.float32 or anatomy.d_model < ONEDNN_WIDTH:
+        return []
+    threads, head = torch.get_num_threads(), anatomy.model.get_output_embeddings()
+    takes_blocks, takes_head = (onednn_is_faster(threads, probe) for probe in (BLOCK_PROBE, HEAD_PROBE))
+    return [module for module in anatomy.model.modules() if (takes_head if module is head else takes_blocks)]
 
 
 def _dense_mlps(anatomy: Anatomy) -> list[nn.Module]:

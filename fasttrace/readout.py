@@ -23,6 +23,9 @@ from fasttrace.hooks import evaluating, replaced_forward
 CHUNK_BYTES = 128 << 20
 """Largest float32 logits tensor of one chunk of rows."""
 
+CPU_CHUNK = 128
+"""Rows of a chunk on a CPU, at most: their logits are then written to memory that the process has already."""
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -61,6 +64,8 @@ def row_probabilities(anatomy: Anatomy, states: Tensor, targets: Tensor, as_outp
         as_output: gives a hidden state the form of a block's output.
     """
     chunk = max(1, CHUNK_BYTES // (4 * anatomy.vocabulary))
+    if anatomy.device.type == "cpu":
+        chunk = min(chunk, CPU_CHUNK)
     with evaluating(anatomy.model):
         chunks = states.split(chunk, anatomy.row_axis) if len(targets) else []
         parts = [_tail(anatomy, *part, as_output) for part in zip(chunks, targets.split(chunk), strict=False)]

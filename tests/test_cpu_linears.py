@@ -24,7 +24,7 @@ def calls(monkeypatch):
     seen = []
     right = cpu_linears.onednn_linear
     monkeypatch.setattr(cpu_linears, "onednn_linear", lambda *args: seen.append(args[1].shape) or right(*args))
-    monkeypatch.setattr(ops, "onednn_is_faster", lambda _: True)
+    monkeypatch.setattr(ops, "onednn_is_faster", lambda *_: True)
     monkeypatch.setattr(ops, "ONEDNN_WIDTH", 1)
     return seen
 
@@ -73,22 +73,35 @@ def test_few_turned_weights_are_kept_and_the_right_ones():
 
 @needs_onednn
 def test_the_faster_library_is_taken_and_only_if_it_is_as_exact(monkeypatch):
-    monkeypatch.setattr(cpu_linears, "PROBE", (16, 32, 64))
+    probe = (16, 32, 64)
     right = cpu_linears.onednn_linear
     times = {right: 1.0, nn.functional.linear: 2.0}
     monkeypatch.setattr(cpu_linears, "_seconds", lambda linear, *_: times[linear])
     onednn_is_faster.cache_clear()
-    assert onednn_is_faster(91)
+    assert onednn_is_faster(91, probe)
     times[right] = 1.9
-    assert not onednn_is_faster(92)
+    assert not onednn_is_faster(92, probe)
     times[right] = 1.0
     rounded = lambda hidden, weight, bias: right(hidden.bfloat16().float(), weight, bias)  # noqa: E731
     monkeypatch.setattr(cpu_linears, "onednn_linear", rounded)
-    assert not onednn_is_faster(93)
+    assert not onednn_is_faster(93, probe)
     onednn_is_faster.cache_clear()
 
 
+@needs_onednn
+@pytest.mark.parametrize("faster_in", ["blocks", "head"])
+def test_blocks_and_head_are_decided_on_by_themselves(family, calls, monkeypatch, faster_in):
+    probe = {"blocks": cpu_linears.BLOCK_PROBE, "head": cpu_linears.HEAD_PROBE}[faster_in]
+    monkeypatch.setattr(ops, "onednn_is_faster", lambda _, measured: measured == probe)
+    anatomy = anatomy_of(tiny_model(family))
+    with fused(anatomy):
+        ENGINES["wavefront"](anatomy, make_job(5, (1, 3), 1, all_grids(STREAMS, 3, 5)), lambda: None)
+    head = anatomy.model.get_output_embeddings().weight.shape
+    assert calls
+    assert all((shape == head) == (faster_in == "head") for shape in calls)
+
+
 def test_narrow_models_are_not_measured(family, monkeypatch):
-    monkeypatch.setattr(ops, "onednn_is_faster", lambda _: pytest.fail("measured"))
+    monkeypatch.setattr(ops, "onednn_is_faster", lambda *_: pytest.fail("measured"))
     with fused(anatomy_of(tiny_model(family))):
         pass
