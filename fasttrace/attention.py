@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,7 @@ class GroupOnDevice:
 
     n_positions: int
     first: int
+    stop: int
     start: int
     tile_rows: int
     n_tiles: int
@@ -50,16 +51,21 @@ class GroupOnDevice:
     @property
     def length(self) -> int:
         """Tokens of a tile."""
-        return self.tile_rows * (self.n_positions - self.first)
+        return self.tile_rows * (self.stop - self.first)
+
+    @property
+    def has_base_rows(self) -> bool:
+        """Whether the base rows of this length are the group's first."""
+        return (self.first, self.stop) == (0, self.n_positions)
 
     def of_mask(self, mask: Tensor) -> Tensor:
         """[batch, 1 or head, position, position] of the longest prompt -> [1, ..., query, position] of a row."""
-        return mask[:1, :, self.first : self.n_positions, : self.n_positions]
+        return mask[:1, :, self.first : self.stop, : self.stop]
 
     def by_row(self) -> "GroupOnDevice":
         """The same rows, one to a tile."""
         base = self.base.repeat_interleave(self.tile_rows)
-        return GroupOnDevice(self.n_positions, self.first, self.start, 1, self.n_tiles * self.tile_rows, base)
+        return replace(self, tile_rows=1, n_tiles=self.n_tiles * self.tile_rows, base=base)
 
 
 @dataclass
@@ -97,7 +103,7 @@ class PackState:
 
     def base_states(self, states: Tensor) -> dict[int, Tensor]:
         """Prompt length -> [base row, head, position, d_head] of a pack's keys or values."""
-        starts = [(group.n_positions, group.start) for group in self.groups if group.first == 0]
+        starts = [(group.n_positions, group.start) for group in self.groups if group.has_base_rows]
         return {length: _rectangle(states, start, self.base_rows[length], length) for length, start in starts}
 
     def tile_mask(self, mask: Tensor, group: GroupOnDevice) -> Tensor:
@@ -107,7 +113,7 @@ class PackState:
             mask: the model's, [batch, 1 or head, position, position]; bool, or added to the scores.
             group: the tile's shape.
         """
-        key = (id(mask), group.n_positions, group.first, group.tile_rows)
+        key = (id(mask), group.first, group.stop, group.tile_rows)
         if key not in self.masks:
             self.masks[key] = mask, _block_diagonal(group.of_mask(mask), group)
         return self.masks[key][1]

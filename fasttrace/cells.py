@@ -74,8 +74,6 @@ def windows_of(streams: Sequence[str], window: int) -> dict[str, int]:
 @lru_cache(maxsize=256)
 def grid_cells(stream: str, window: int, n_layers: int, n_positions: int) -> tuple[Cell, ...]:
     """The cells of one grid, layer by layer: cell (l, p) is item `l * n_positions + p`."""
-    return tuple(
-        tuple(Edit(stream, block, position) for block in window_of(layer, window, n_layers))
-        for layer in range(n_layers)
-        for position in range(n_positions)
-    )
+    columns = [tuple(Edit(stream, block, position) for block in range(n_layers)) for position in range(n_positions)]
+    windows = (window_of(layer, window, n_layers) for layer in range(n_layers))
+    return tuple(column[blocks.start : blocks.stop] for blocks in windows for column in columns)

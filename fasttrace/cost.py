@@ -61,7 +61,7 @@ def cost_of(plan: Plan, unit: UnitWork) -> Cost:
         (block.n_tokens - n_base) * ATTENTION_SHARE + (_mlp_tokens(block) - n_base) * MLP_SHARE for block in plan.blocks
     )
     flops = sum(
-        block.n_tokens * attention + _mlp_tokens(block) * mlp + _pairs(block, shape.n_positions) * unit.pair
+        block.n_tokens * attention + _mlp_tokens(block) * mlp + _pairs(block) * unit.pair
         for block, attention, mlp in zip(plan.blocks, unit.attention, unit.mlp, strict=True)
     )
     head_rows = plan.last_tokens.size + 1 + shape.samples
@@ -94,8 +94,8 @@ def _mlp_tokens(block: BlockPlan) -> int:
     return block.n_tokens if block.mlp_keep is None else len(block.mlp_keep)
 
 
-def _pairs(block: BlockPlan, n_positions: int) -> int:
+def _pairs(block: BlockPlan) -> int:
     """Query-key pairs of one block under the causal mask."""
     return sum(
-        len(group.base) * group.tile_rows * sum(range(group.first + 1, n_positions + 1)) for group in block.groups
+        len(group.base) * group.tile_rows * sum(range(group.first + 1, group.stop + 1)) for group in block.groups
     )

@@ -1,8 +1,8 @@
 """Matrix products of float32 models on a CPU, through whichever of torch's two libraries is faster there.
 
 torch computes float32 products with MKL. On some CPUs, AMD's among them, oneDNN has kernels that run twice as fast with
-the same rounding error; on others MKL wins in the blocks and oneDNN in the head, whose weight is so large that MKL spends
-its time on rearranging it. Which one it is, is measured once a process for each of the two.
+the same rounding error; on others MKL wins in the blocks, and oneDNN in the head with its few tokens and large weight.
+Which one it is, is measured once a process for each of the two.
 """
 
 import logging

@@ -66,8 +66,8 @@ class EditTable:
 
     def where(self, keep: np.ndarray | slice) -> "EditTable":
         """The edits that a mask, an index or a slice picks."""
-        columns = ("cell", "block", "kind", "position", "clean")
-        return replace(self, **{name: getattr(self, name)[keep] for name in columns})
+        cell, block, kind, position, clean = self.cell, self.block, self.kind, self.position, self.clean
+        return EditTable(cell[keep], block[keep], kind[keep], position[keep], clean[keep], self.constant)
 
 
 def effective_edits(shape: Shape, cells: Sequence[Cell], mixes_last: bool = False) -> EditTable:

@@ -48,7 +48,7 @@ class Fork:
 
     def __init__(self, anatomy: Anatomy, state: PackState):
         self.axes, self.state = anatomy.mixer_axes, state
-        self.group = GroupOnDevice(0, 0, 0, 1, 0, torch.zeros(0))
+        self.group = GroupOnDevice(0, 0, 0, 0, 1, 0, torch.zeros(0))
         self.base_output = torch.zeros(0)
 
     def attend(self, forward: Callable[..., Any], cache: str, *args: Any, **kwargs: Any) -> Any:
@@ -115,7 +115,7 @@ class Fork:
 
     def _rectangle(self, tensor: Tensor, axis: int) -> Tensor:
         """[..., 1, token, ...] -> [..., row, position, ...]."""
-        length = self.state.n_positions - self.group.first
+        length = self.group.length
         part = tensor.narrow(axis, self.group.start, self.group.n_tiles * length)
         return part.squeeze(axis - 1).unflatten(axis - 1, (self.group.n_tiles, length))
 
@@ -131,7 +131,7 @@ class _Prefix:
     """Stands for a cache of earlier keys and values: those of the base rows, which come first in a block."""
 
     def __init__(self):
-        self.group = GroupOnDevice(0, 0, 0, 1, 0, torch.zeros(0))
+        self.group = GroupOnDevice(0, 0, 0, 0, 1, 0, torch.zeros(0))
         self.base: tuple[Tensor, Tensor] | None = None
 
     def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

@@ -136,9 +136,9 @@ def _all_sent(layouts: Sequence[AttentionLayout], device: torch.device) -> list[
 def layout_of(block: BlockPlan, tile: int) -> AttentionLayout:
     """The rows of one block's pack, as the kernel wants them."""
     columns = []
-    base_rows_at = {group.n_positions: group.start for group in block.groups if group.first == 0}
+    base_rows_at = {group.n_positions: group.start for group in block.groups if group.has_base_rows}
     for group in block.groups:
-        length = group.n_positions - group.first
+        length = group.stop - group.first
         base = np.repeat(group.base, group.tile_rows)
         start = group.start + np.arange(len(base)) * length
         base_start = base_rows_at[group.n_positions] + base * group.n_positions

@@ -70,6 +70,7 @@ class _Piece(NamedTuple):
 
     n_positions: int
     first: int
+    fewer_positions: int
     fewer_tile_rows: int
     restored: bool
     plan: int
@@ -77,12 +78,12 @@ class _Piece(NamedTuple):
     base: np.ndarray
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.n_positions, self.first, -self.fewer_tile_rows
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.n_positions, self.first, -self.fewer_positions, -self.fewer_tile_rows
 
     @property
     def n_tokens(self) -> int:
-        return len(self.base) * -self.fewer_tile_rows * (self.n_positions - self.first)
+        return len(self.base) * -self.fewer_tile_rows * (-self.fewer_positions - self.first)
 
 
 class _Merge:
@@ -135,23 +136,24 @@ class _Merge:
     def _laid_out(self, parts: Sequence[BlockPlan]) -> tuple[Places, tuple[Group, ...]]:
         """Where every token stands in a block's common pack, and its rectangles."""
         places = [np.empty(part.n_tokens, dtype=np.int64) for part in parts]
-        pieces = sorted(self._pieces(parts), key=lambda piece: piece[:6])
+        pieces = sorted(self._pieces(parts), key=lambda piece: piece[:7])
         groups, at = [], 0
         for shape, same in groupby(pieces, key=lambda piece: piece.shape):
-            n_positions, first, tile_rows = shape
+            n_positions, first, stop, tile_rows = shape
             begin, bases = at, []
             for piece in same:
                 places[piece.plan][piece.start : piece.start + piece.n_tokens] = np.arange(at, at + piece.n_tokens)
                 at += piece.n_tokens
                 bases.append(piece.base)
-            groups.append(Group(n_positions, first, begin, tile_rows, np.concatenate(bases)))
+            groups.append(Group(n_positions, first, stop, begin, tile_rows, np.concatenate(bases)))
         return places, tuple(groups)
 
     def _pieces(self, parts: Sequence[BlockPlan]) -> Iterator[_Piece]:
         for (number, plan), part in zip(self._each(), parts, strict=True):
             n_base, length = plan.n_base, plan.shape.n_positions
             for group in part.groups:
-                shape, base = (length, group.first, -group.tile_rows), self.row_of_length[number] + group.base
+                shape = length, group.first, -group.stop, -group.tile_rows
+                base = self.row_of_length[number] + group.base
                 if group.start == 0:
                     yield _Piece(*shape, False, number, 0, base[:n_base])
                     yield _Piece(*shape, True, number, n_base * length, base[n_base:])

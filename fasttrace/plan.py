@@ -1,16 +1,18 @@
 """Cells to a Plan: per-block index tables that run a whole sweep in one forward pass.
 
 The planner is a small compiler. It needs counts, not a model; its output is plain numpy data. Passes 1 to 3
-drop edits that change nothing (`edits.py`). Passes 4 to 7 are here, and all are exact:
+drop edits that change nothing (`edits.py`). Passes 4 to 8 are here, and all are exact:
 
 4. late start: a row is forked from its parent at the first block whose computation its edits change;
 5. suffix only: a row holds the tokens from its first edited position on; earlier ones are the base row's;
 6. shared prefixes: cells whose edits agree up to a block are one row until there;
-7. thrown-away work: an MLP output that is replaced, or never read, is not computed.
+7. thrown-away work: an MLP output that is replaced, or never read, is not computed;
+8. narrow forks: an attention or MLP output that is replaced changes nothing of the later tokens until the next block,
+   so in the block in which a row is forked for it, the row holds its edited positions alone.
 
 The pack of a block is a list of tokens. The base rows come first, whole: the clean run, then one corrupted run
-per noise sample. Restored rows follow, sorted by (first position, tile size, sample), so that equal shapes are
-neighbours.
+per noise sample. Restored rows follow, sorted by the positions they hold, tile size and sample, so that equal shapes
+are neighbours.
 """
 
 from dataclasses import dataclass
@@ -22,7 +24,8 @@ import numpy as np
 from fasttrace.cells import Cell
 from fasttrace.edits import ATTENTION, MLP, RESIDUAL, EditTable, Shape, effective_edits
 
-Layout = Literal["suffix", "full"]
+Layout = Literal["narrow", "suffix", "full"]
+"""What a restored row holds: the tokens that pass 8 leaves it, those from its first edit on, or the whole prompt."""
 
 
 TILE_TOKENS = 32
@@ -32,11 +35,12 @@ gathered once a tile, and a block-diagonal mask keeps the rows apart."""
 
 @dataclass(frozen=True)
 class Group:
-    """Neighbouring rows that hold the same positions, as a rectangle [tile, tile rows * (n_positions - first)].
+    """Neighbouring rows that hold the same positions, as a rectangle [tile, tile rows * (stop - first)].
 
     Attributes:
         n_positions: tokens of the rows' prompt.
         first: first position the rows hold; the keys before it are the base row's.
+        stop: the position after the last one they hold.
         start: index of the group's first token in the pack.
         tile_rows: rows of a tile, all of one base row.
         base: [tile] the base row.
@@ -44,9 +48,15 @@ class Group:
 
     n_positions: int
     first: int
+    stop: int
     start: int
     tile_rows: int
     base: np.ndarray
+
+    @property
+    def has_base_rows(self) -> bool:
+        """Whether the base rows of this length are the group's first."""
+        return (self.first, self.stop) == (0, self.n_positions)
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,7 @@ class Plan:
 
     Attributes:
         shape: what it was compiled for.
-        layout: "suffix" (rows hold the tokens from their first edit on) or "full" (whole prompts).
+        layout: what its rows hold.
         blocks: the tables, one set a block.
         last_tokens: [sample, row] the last token of each restored row, in the last block's pack.
         cell_row: [cell] the row of each cell, or CORRUPTED_CELL, or CLEAN_CELL.
@@ -117,7 +127,7 @@ class Plan:
 
 
 @lru_cache(maxsize=32)
-def plan_cells(shape: Shape, cells: tuple[Cell, ...], layout: Layout = "suffix") -> Plan:
+def plan_cells(shape: Shape, cells: tuple[Cell, ...], layout: Layout = "narrow") -> Plan:
     """The plan of any cells, cached by its arguments; a cell without edits is the corrupted run.
 
     Raises:
@@ -147,7 +157,8 @@ class _Rows:
     Attributes:
         of_cell: [cell] the row a cell is in, -1 while it is still the corrupted base row.
         parent: [row] its row in the previous block, -1 for the base row.
-        first: [row] first position held.
+        first, stop: [row] first position held, and the one after the last.
+        rest: [row] the row that has its tokens from `stop` on as well, -1 for the base row.
         number, sample: [placed row] row and sample, in the order of the pack.
         start: [placed row] index of the first token in the pack.
         place: [sample, row] the inverse of (sample, number).
@@ -158,6 +169,8 @@ class _Rows:
     of_cell: np.ndarray
     parent: np.ndarray
     first: np.ndarray
+    stop: np.ndarray
+    rest: np.ndarray
     number: np.ndarray
     sample: np.ndarray
     start: np.ndarray
@@ -168,33 +181,35 @@ class _Rows:
 
 def _no_rows(shape: Shape, n_cells: int) -> _Rows:
     none = np.zeros(0, dtype=np.int64)
-    of_cell = np.full(n_cells, -1)
-    return _placed(shape, of_cell, parent=none, first=none)
+    return _placed(shape, np.full(n_cells, -1), parent=none, first=none, stop=none, rest=none)
 
 
-def _placed(shape: Shape, of_cell: np.ndarray, parent: np.ndarray, first: np.ndarray) -> _Rows:
-    """Gives every row and sample its place in the pack, sorted by (first position, tile size, sample)."""
+def _placed(
+    shape: Shape, of_cell: np.ndarray, parent: np.ndarray, first: np.ndarray, stop: np.ndarray, rest: np.ndarray
+) -> _Rows:
+    """Gives every row and sample its place in the pack, sorted by (first position, stop, tile size, sample)."""
     sample, number = np.divmod(np.arange(shape.samples * len(first)), max(1, len(first)))
-    tile_rows = _tile_rows(shape, first)
-    order = np.lexsort((number, sample, -tile_rows[number], first[number]))
+    tile_rows = _tile_rows(shape, first, stop)
+    order = np.lexsort((number, sample, -tile_rows[number], -stop[number], first[number]))
     sample, number = sample[order], number[order]
-    lengths = shape.n_positions - first[number]
+    lengths = (stop - first)[number]
     ends = (1 + shape.samples) * shape.n_positions + np.cumsum(lengths)
     place = np.empty((shape.samples, len(first)), dtype=np.int64)
     place[sample, number] = np.arange(len(number))
     n_tokens = int(ends[-1]) if len(ends) else (1 + shape.samples) * shape.n_positions
-    return _Rows(of_cell, parent, first, number, sample, ends - lengths, place, tile_rows[number], n_tokens)
+    return _Rows(of_cell, parent, first, stop, rest, number, sample, ends - lengths, place, tile_rows[number], n_tokens)
 
 
-def _tile_rows(shape: Shape, first: np.ndarray) -> np.ndarray:
-    """[row] how many rows share its tile: whole tiles of rows with one first position, and one of what is left."""
-    count = np.bincount(first, minlength=shape.n_positions)
-    order = np.argsort(first, kind="stable")
+def _tile_rows(shape: Shape, first: np.ndarray, stop: np.ndarray) -> np.ndarray:
+    """[row] how many rows share its tile: whole tiles of rows with the same positions, and one of what is left."""
+    held = first * (shape.n_positions + 1) + stop
+    count = np.bincount(held, minlength=(shape.n_positions + 1) ** 2)
+    order = np.argsort(held, kind="stable")
     rank = np.empty_like(first)
-    rank[order] = np.arange(len(first)) - (np.cumsum(count) - count)[first[order]]
-    whole = np.where(first > 0, np.maximum(1, TILE_TOKENS // np.maximum(1, shape.n_positions - first)), 1)
-    left = count[first] % whole
-    return np.where(rank < count[first] - left, whole, left)
+    rank[order] = np.arange(len(first)) - (np.cumsum(count) - count)[held[order]]
+    whole = np.where(first > 0, np.maximum(1, TILE_TOKENS // np.maximum(1, stop - first)), 1)
+    left = count[held] % whole
+    return np.where(rank < count[held] - left, whole, left)
 
 
 def _signatures(shape: Shape, table: EditTable) -> np.ndarray:
@@ -220,16 +235,40 @@ def _changes(values: np.ndarray) -> np.ndarray:
 
 
 def _advance(shape: Shape, rows: _Rows, edits: EditTable, signature: np.ndarray, layout: Layout) -> _Rows:
-    """Passes 4 to 6: splits the rows whose cells have different edits in this block."""
+    """Passes 4 to 6 and 8: splits the rows whose cells have different edits in this block."""
     first_of_cell = np.append(rows.first, shape.n_positions)[rows.of_cell]
-    np.minimum.at(first_of_cell, edits.cell, edits.position if layout == "suffix" else 0)
+    np.minimum.at(first_of_cell, edits.cell, 0 if layout == "full" else edits.position)
     history = (rows.of_cell + 1) * (signature.max(initial=0) + 1) + signature
     restored = np.flatnonzero(history)
     _, example, number = np.unique(history[restored], return_index=True, return_inverse=True)
     example = restored[example]
     of_cell = np.full_like(rows.of_cell, -1)
     of_cell[restored] = number
-    return _placed(shape, of_cell, parent=rows.of_cell[example], first=first_of_cell[example])
+    parent, first = rows.of_cell[example], first_of_cell[example]
+    rest, stop = np.full_like(parent, -1), np.full_like(parent, shape.n_positions)
+    if layout == "narrow":
+        rest, stop = _narrowed(shape, of_cell, parent, edits)
+    return _placed(shape, of_cell, parent, first, stop, rest)
+
+
+def _narrowed(shape: Shape, of_cell: np.ndarray, parent: np.ndarray, edits: EditTable) -> tuple[np.ndarray, np.ndarray]:
+    """Pass 8: (`rest`, `stop`) of the rows of a block.
+
+    Rows with one parent that come into the block alike leave it alike but for where they are edited. So one of them,
+    or the base row if that is the parent, is whole; the others, edited no earlier, end with their last edit.
+    """
+    row = of_cell[edits.cell]
+    last = np.full_like(parent, -1)
+    np.maximum.at(last, row, edits.position)
+    comes_in_edited = np.zeros(len(parent), dtype=bool)
+    comes_in_edited[row[edits.kind == RESIDUAL]] = True
+    order = np.lexsort((last, comes_in_edited, parent))
+    begins = _changes(parent[order])
+    whole = np.empty_like(parent)
+    whole[order] = order[begins][np.cumsum(begins) - 1]
+    rest = np.where(parent < 0, -1, whole)
+    is_whole = comes_in_edited | (rest == np.arange(len(parent)))
+    return rest, np.where(is_whole, shape.n_positions, last + 1)
 
 
 def _block(shape: Shape, number: int, parents: _Rows, rows: _Rows, edits: EditTable, layout: Layout) -> BlockPlan:
@@ -257,19 +296,39 @@ def _growth(shape: Shape, parents: _Rows, rows: _Rows) -> tuple[np.ndarray, np.n
     """[token] where each token comes from in the previous pack, and the base token at its position."""
     n_base = (1 + shape.samples) * shape.n_positions
     first = rows.first[rows.number]
-    lengths = shape.n_positions - first
+    lengths = (rows.stop - rows.first)[rows.number]
     position = _ranges(first, lengths)
     origin = np.repeat((1 + rows.sample) * shape.n_positions, lengths) + position
     parent = rows.parent[rows.number]
-    has_parent = parent >= 0
-    parent_place = parents.place[rows.sample[has_parent], parent[has_parent]]
-    shift, parent_first = np.zeros_like(first), np.full_like(first, shape.n_positions)
-    parent_first[has_parent] = parents.first[parent[has_parent]]
-    shift[has_parent] = parents.start[parent_place] - parent_first[has_parent]
-    held = position >= np.repeat(parent_first, lengths)
-    source = np.where(held, np.repeat(shift, lengths) + position, origin)
+    source = origin
+    if np.any(parents.stop < shape.n_positions):
+        of_rest, held = _held(parents, np.append(parents.rest, -1)[parent], rows.sample, position, lengths)
+        held &= position >= np.repeat(np.append(parents.stop, 0)[parent], lengths)
+        source = np.where(held, of_rest, source)
+    of_parent, held = _held(parents, parent, rows.sample, position, lengths)
+    source = np.where(held, of_parent, source)
     base = np.arange(n_base)
     return np.concatenate((base, source)), np.concatenate((base, origin))
+
+
+def _held(
+    rows: _Rows, number: np.ndarray, sample: np.ndarray, position: np.ndarray, lengths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions in rows of a pack: ([token] which token it is there, [token] whether the row holds it).
+
+    Args:
+        rows: of the pack.
+        number: [item] rows, -1 for one that holds nothing.
+        sample: [item] theirs.
+        position: [token] positions asked for, item by item.
+        lengths: [item] how many.
+    """
+    exists = number >= 0
+    first, stop = np.append(rows.first, 0)[number], np.append(rows.stop, 0)[number]
+    shift = -first
+    shift[exists] += rows.start[rows.place[sample[exists], number[exists]]]
+    held = (position >= np.repeat(first, lengths)) & (position < np.repeat(stop, lengths))
+    return np.repeat(shift, lengths) + position, held
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -293,7 +352,7 @@ def _edit_tokens(shape: Shape, rows: _Rows, edits: EditTable) -> tuple[np.ndarra
 
 def _unread_tokens(shape: Shape, rows: _Rows) -> np.ndarray:
     """All tokens of restored rows but the last: nothing reads their last block's output."""
-    lengths = shape.n_positions - rows.first[rows.number]
+    lengths = (rows.stop - rows.first)[rows.number]
     return _ranges(rows.start, lengths - 1)
 
 
@@ -312,10 +371,14 @@ def _groups(shape: Shape, rows: _Rows) -> tuple[Group, ...]:
     n_base = 1 + shape.samples
     base = np.concatenate((np.arange(n_base), 1 + rows.sample))
     first = np.concatenate((np.zeros(n_base, dtype=np.int64), rows.first[rows.number]))
+    stop = np.concatenate((np.full(n_base, shape.n_positions), rows.stop[rows.number]))
     tile_rows = np.concatenate((np.ones(n_base, dtype=np.int64), rows.tile_rows))
-    begins = np.flatnonzero(_changes(first) | _changes(tile_rows))
-    starts = np.concatenate(([0], np.cumsum(shape.n_positions - first)))
+    begins = np.flatnonzero(_changes(first) | _changes(stop) | _changes(tile_rows))
+    starts = np.concatenate(([0], np.cumsum(stop - first)))
     ends = np.append(begins[1:], len(first))
-    columns = zip(first[begins].tolist(), starts[begins].tolist(), tile_rows[begins].tolist(), strict=True)
+    columns = (column[begins].tolist() for column in (first, stop, starts, tile_rows))
     bases = (base[begin:end:rows] for begin, end, rows in zip(begins, ends, tile_rows[begins], strict=True))
-    return tuple(Group(shape.n_positions, *column, rows) for column, rows in zip(columns, bases, strict=True))
+    return tuple(
+        Group(shape.n_positions, first, stop, start, rows, own)
+        for first, stop, start, rows, own in zip(*columns, bases, strict=True)
+    )

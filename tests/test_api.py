@@ -116,13 +116,13 @@ def test_any_budget_gives_the_same_grids(family, budget):
 
 
 def test_a_budget_bounds_the_pack(family, monkeypatch):
-    from fasttrace.engines import ENGINES
+    from fasttrace.engines import ENGINES, wavefront
 
     peaks = []
     right = ENGINES["wavefront"]
 
     def recorded(anatomy, job, tick):
-        peaks.append(job.plan(anatomy.n_layers, "suffix").peak_tokens)
+        peaks.append(job.plan(anatomy.n_layers, wavefront.LAYOUT).peak_tokens)
         return right(anatomy, job, tick)
 
     monkeypatch.setitem(ENGINES, "wavefront", recorded)

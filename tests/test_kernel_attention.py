@@ -105,7 +105,7 @@ def test_blocks_without_births_share_a_layout(kernel):
     cells = (grid_cells("attention_output", 1, anatomy.n_layers, 9)[5],)
     job = job_of(anatomy)
     job = Job(job.token_ids, job.corruption, cells, None)
-    state = KernelState(9, job.plan(anatomy.n_layers, "suffix").blocks)
+    state = KernelState(9, job.plan(anatomy.n_layers, wavefront.LAYOUT).blocks)
     states = torch.zeros(1, 4, state.blocks[-1].n_tokens, 8)
     layouts = []
     for state.number in range(anatomy.n_layers):

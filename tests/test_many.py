@@ -51,7 +51,7 @@ def test_many_prompts_give_what_each_gives_alone(family, engine):
         fact = record.fact
         alone = tracer.trace(fact.prompt, subject=fact.subject, target=fact.target, first_target_token=True, **OPTIONS)
         assert_same_grids(record.result, alone)
-        assert record.result.cost == alone.cost or engine == "rows"
+        assert record.result.cost == alone.cost or engine != "auto", "another engine may compute more"
 
 
 def test_the_wavefront_takes_all_of_them_in_one_pass(family, monkeypatch):

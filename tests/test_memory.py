@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 import fasttrace
 from fasttrace import EngineError
 from fasttrace.adapters import anatomy_of
-from fasttrace.engines import ENGINES, memory, passes
+from fasttrace.engines import ENGINES, LAYOUTS, memory, passes, wavefront
 from fasttrace.ops import fused
 from fasttrace.readout import Scores
 from tests import zoo
@@ -35,7 +35,7 @@ def peak_bytes(run):
 def test_the_bytes_of_a_token_cover_the_allocators_peak_and_are_not_far_above_it(name, engine, fuse):
     anatomy = anatomy_of(zoo.tiny_model(name, **SHAPES[name]))
     job = make_job(24, (1, 3), 4, all_grids(anatomy.streams, 3, 24), d_model=256)
-    tokens = job.plan(anatomy.n_layers, "suffix" if engine == "wavefront" else "full").peak_tokens
+    tokens = job.plan(anatomy.n_layers, LAYOUTS[engine]).peak_tokens
     assert tokens > 4000, "what does not grow with the pack must not matter"
     with fused(anatomy, fuse):
         seen = peak_bytes(lambda: ENGINES[engine](anatomy, job, lambda: None)) / tokens
@@ -47,7 +47,7 @@ def out_of_memory_above(limit, engine, packs):
     run = ENGINES[engine]
 
     def small(anatomy, job, tick):
-        tokens = job.plan(anatomy.n_layers, "suffix" if engine != "rows" else "full").peak_tokens
+        tokens = job.plan(anatomy.n_layers, LAYOUTS[engine]).peak_tokens
         packs.append(tokens)
         if tokens > limit:
             tick()
@@ -117,7 +117,7 @@ def test_samples_are_dealt_to_as_few_passes_as_the_budget_allows(at_once, monkey
 
     monkeypatch.setitem(ENGINES, "wavefront", counted)
     cells = all_grids(("block_output",), 1, 6)
-    one_sample = make_job(6, (0, 2), 1, cells).plan(anatomy.n_layers, "suffix").peak_tokens
+    one_sample = make_job(6, (0, 2), 1, cells).plan(anatomy.n_layers, wavefront.LAYOUT).peak_tokens
     scores, _ = passes.run_in_passes("wavefront", anatomy, make_job(6, (0, 2), 10, cells), at_once * one_sample)
     assert scores.cells.shape == (len(cells), 10)
     assert scores.corrupted.shape == (10, 67)

@@ -105,7 +105,7 @@ def test_tables_of_a_common_pack_are_well_formed(shapes):
         job_of_shape(length, (min(begin, length - 1), length), samples, window)
         for length, begin, samples, window in shapes
     ]
-    plans = [job.plan(N_LAYERS, "suffix") for job in jobs]
+    plans = [job.plan(N_LAYERS, wavefront.LAYOUT) for job in jobs]
     pack = pack_of(plans)
     n_previous = pack.n_base * pack.width
     for block in pack.blocks:
@@ -126,19 +126,19 @@ def assert_covers(block, pack):
     for group in block.groups:
         assert group.start == at
         if group.n_positions not in seen:
-            assert group.first == 0
+            assert group.has_base_rows
             assert group.base[: pack.base_rows[group.n_positions]].tolist() == list(
                 range(pack.base_rows[group.n_positions])
             )
         seen.add(group.n_positions)
-        at += len(group.base) * group.tile_rows * (group.n_positions - group.first)
+        at += len(group.base) * group.tile_rows * (group.stop - group.first)
     assert at == block.n_tokens == len(block.origin)
 
 
 def test_a_single_plan_keeps_its_tables():
     job = job_of_shape(7, (1, 4), 2)
-    plan = job.plan(N_LAYERS, "suffix")
-    assert pack_of_jobs([job], N_LAYERS, "suffix").blocks is plan.blocks
+    plan = job.plan(N_LAYERS, wavefront.LAYOUT)
+    assert pack_of_jobs([job], N_LAYERS, wavefront.LAYOUT).blocks is plan.blocks
 
 
 def test_equal_shapes_of_several_prompts_are_one_rectangle():

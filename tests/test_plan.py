@@ -1,5 +1,7 @@
 """The planner: exact counts, and what each pass may and may not drop."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,7 +14,7 @@ from fasttrace.errors import PlanError
 from fasttrace.plan import plan_cells
 
 
-def figure(n_layers, n_positions, begin, samples=1, window=10, layout="suffix"):
+def figure(n_layers, n_positions, begin, samples=1, window=10, layout="narrow"):
     """The plan of the three-stream figure."""
     cells = tuple(
         cell
@@ -27,18 +29,31 @@ def cost(plan):
     return cost_of(plan, UnitWork((0,) * n_layers, (0,) * n_layers, 0, 0))
 
 
+def rectangles(plan):
+    """[block] (first, stop) -> restored rows that hold these positions."""
+    counts = []
+    for block in plan.blocks:
+        held = Counter()
+        for group in block.groups:
+            held[group.first, group.stop] += len(group.base) * group.tile_rows - group.has_base_rows * plan.n_base
+        counts.append({positions: count for positions, count in held.items() if count})
+    return counts
+
+
 @pytest.mark.parametrize(
-    ("n_layers", "n_positions", "begin", "saving"),
-    [(12, 7, 0, 3.51), (48, 7, 0, 3.25), (30, 11, 1, 3.99), (48, 25, 8, 7.54)],
+    ("n_layers", "n_positions", "begin", "suffix", "narrow"),
+    [(12, 7, 0, 3.51, 3.83), (48, 7, 0, 3.25, 3.32), (30, 11, 1, 3.99, 4.13), (48, 25, 8, 7.54, 7.72)],
 )
-def test_the_figure_saves_the_counted_token_blocks(n_layers, n_positions, begin, saving):
-    counted = cost(figure(n_layers, n_positions, begin))
-    assert counted.full_token_blocks == 3 * (n_layers * n_positions) ** 2
-    assert counted.full_token_blocks / counted.token_blocks == pytest.approx(saving, abs=0.005)
+def test_the_figure_saves_the_counted_token_blocks(n_layers, n_positions, begin, suffix, narrow):
+    for layout, saving in (("suffix", suffix), ("narrow", narrow)):
+        counted = cost(figure(n_layers, n_positions, begin, layout=layout))
+        assert counted.full_token_blocks == 3 * (n_layers * n_positions) ** 2
+        assert counted.full_token_blocks / counted.token_blocks == pytest.approx(saving, abs=0.005)
 
 
-def test_token_blocks_of_the_12_block_figure_are_exact():
-    assert cost(figure(12, 7, 0)).token_blocks == pytest.approx(6026)
+@pytest.mark.parametrize(("layout", "token_blocks"), [("suffix", 6026), ("narrow", 5522)])
+def test_token_blocks_of_the_12_block_figure_are_exact(layout, token_blocks):
+    assert cost(figure(12, 7, 0, layout=layout)).token_blocks == pytest.approx(token_blocks)
 
 
 def test_cost_is_linear_in_samples():
@@ -93,8 +108,36 @@ def test_cells_share_a_row_until_their_edits_differ():
     shape = Shape(4, 5, (0, 2), 1)
     first, second = Edit("mlp_output", 0, 2), Edit("mlp_output", 2, 2)
     plan = plan_cells(shape, ((first,), (first, second)))
-    restored = [(block.n_tokens - 10) // 3 for block in plan.blocks]
-    assert restored == [1, 1, 2, 2]
+    assert rectangles(plan) == [{(2, 3): 1}, {(2, 5): 1}, {(2, 5): 1, (2, 3): 1}, {(2, 5): 2}]
+
+
+@pytest.mark.parametrize("site", ["mlp_output", "attention_output"])
+@pytest.mark.parametrize(
+    ("edits", "expected"),
+    [
+        # One edit: its position alone, then all later ones.
+        (([(1, 2)],), [{}, {(2, 3): 1}, {(2, 5): 1}, {(2, 5): 1}]),
+        # All between the first and the last edited position.
+        (([(1, 1), (1, 3)],), [{}, {(1, 4): 1}, {(1, 5): 1}, {(1, 5): 1}]),
+        # A row that is edited again is not forked again.
+        (([(1, 2), (2, 2)],), [{}, {(2, 3): 1}, {(2, 5): 1}, {(2, 5): 1}]),
+        # Of two rows with one parent the one with the later edit is narrow and ends with it.
+        (([(0, 2), (1, 1)], [(0, 2), (1, 3)]), [{(2, 3): 1}, {(1, 5): 1, (2, 4): 1}, {(1, 5): 1, (2, 5): 1}]),
+        # Edited before the position that the other row begins with.
+        (([(0, 3)], [(0, 3), (1, 1)]), [{(3, 4): 1}, {(3, 5): 1, (1, 2): 1}, {(3, 5): 1, (1, 5): 1}]),
+    ],
+)
+def test_a_row_holds_its_edited_positions_alone_where_it_is_forked(site, edits, expected):
+    cells = tuple(tuple(Edit(site, *place) for place in cell) for cell in edits)
+    plan = plan_cells(Shape(4, 5, (0, 2), 1), cells)
+    assert rectangles(plan)[: len(expected)] == expected
+
+
+def test_rows_that_come_into_a_block_edited_are_whole():
+    restored = (Edit("block_output", 0, 2),)
+    both = (Edit("block_output", 0, 2), Edit("mlp_output", 1, 2))
+    plan = plan_cells(Shape(4, 5, (0, 2), 1), (restored, both))
+    assert rectangles(plan) == [{}, {(2, 5): 2}, {(2, 5): 2}, {(2, 5): 2}]
 
 
 def test_embeddings_differ_only_inside_the_subject():
@@ -129,11 +172,11 @@ def test_replaced_and_unread_mlp_outputs_are_not_computed():
 )
 def test_tables_of_any_figure_are_well_formed(n_layers, n_positions, samples, window, data):
     begin = data.draw(st.integers(0, n_positions - 1))
-    plan = figure(n_layers, n_positions, begin, samples, window)
+    plan = figure(n_layers, n_positions, begin, samples, window, data.draw(st.sampled_from(["narrow", "suffix"])))
     previous = (1 + samples) * n_positions
     for block in plan.blocks:
         assert block.source is None or (block.source.min() >= 0 and block.source.max() < previous)
-        assert block.n_tokens == sum(len(g.base) * g.tile_rows * (n_positions - g.first) for g in block.groups)
+        assert block.n_tokens == sum(len(g.base) * g.tile_rows * (g.stop - g.first) for g in block.groups)
         assert [g.start for g in block.groups] == sorted({g.start for g in block.groups})
         for to, taken_from in ((block.attention_to, block.attention_from), (block.mlp_to, block.mlp_from)):
             assert len(set(to.tolist())) == len(to)

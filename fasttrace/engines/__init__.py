@@ -22,7 +22,7 @@ PACKING = {"wavefront": wavefront.run_jobs}
 READY = {"wavefront": wavefront.make_ready}
 """What may be done before their pass, while another is computed: `make_ready(anatomy, jobs, fuse) -> ready`."""
 
-LAYOUTS: dict[str, Layout] = {"wavefront": wavefront.LAYOUT, "fork": wavefront.LAYOUT, "rows": rows.LAYOUT}
+LAYOUTS: dict[str, Layout] = {"wavefront": wavefront.LAYOUT, "fork": wavefront.FORK_LAYOUT, "rows": rows.LAYOUT}
 """What a row holds in the engines that run plans."""
 
 

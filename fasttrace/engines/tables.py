@@ -74,7 +74,9 @@ def tables_of(pack: Pack, ids: Tensor, device: torch.device) -> PassTables:
 
 
 def _group(group: Group, base: Tensor) -> GroupOnDevice:
-    return GroupOnDevice(group.n_positions, group.first, group.start, group.tile_rows, len(group.base), base)
+    return GroupOnDevice(
+        group.n_positions, group.first, group.stop, group.start, group.tile_rows, len(group.base), base
+    )
 
 
 def on_device(tables: Sequence[np.ndarray], device: torch.device) -> Sequence[Tensor]:

@@ -38,7 +38,9 @@ from fasttrace.readout import Scores
 if TYPE_CHECKING:
     from fasttrace.kernel_attention import KernelState
 
-LAYOUT: Layout = "suffix"
+LAYOUT: Layout = "narrow"
+FORK_LAYOUT: Layout = "suffix"
+"""Attention code of a model's own may count on queries up to the end of the prompt."""
 
 Attention = Callable[[Anatomy, PackState], AbstractContextManager[Fork | None]]
 """How a pack attends, while the context is open."""
@@ -66,7 +68,7 @@ def run_fork(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
         EngineError: the attention modules take no cache of earlier keys and values.
         NumericsError: a block produced inf or NaN.
     """
-    return _run(anatomy, make_ready(anatomy, [job]), tick, forked_attention)[0]
+    return _run(anatomy, make_ready(anatomy, [job], layout=FORK_LAYOUT), tick, forked_attention)[0]
 
 
 @dataclass(frozen=True)
@@ -86,15 +88,16 @@ class Ready:
     kernel: "KernelState | None"
 
 
-def make_ready(anatomy: Anatomy, jobs: Sequence[Job], fuse: bool | None = None) -> Ready:
+def make_ready(anatomy: Anatomy, jobs: Sequence[Job], fuse: bool | None = None, layout: Layout = LAYOUT) -> Ready:
     """Plans the jobs of several prompts as one pass and sends its tables to the device.
 
     Args:
         anatomy: the model.
         jobs: one a prompt.
         fuse: whether the pass will run with fused operations; None: as it is now.
+        layout: what rows hold.
     """
-    pack = pack_of_jobs(jobs, anatomy.n_layers, LAYOUT)
+    pack = pack_of_jobs(jobs, anatomy.n_layers, layout)
     tables = tables_of(pack, base_ids(jobs), anatomy.device)
     return Ready([job.on(anatomy.device) for job in jobs], pack, tables, attention_kernel(anatomy, pack, fuse))
 
