@@ -305,7 +305,7 @@ def _arithmetic(module: nn.Module, implementation: str) -> Callable[..., tuple[T
 def _rectangle(states: Tensor, start: int, n_sequences: int, length: int) -> Tensor:
     """[1, head, token, d_head] -> [sequence, head, length, d_head], a view."""
     tokens = states[0, :, start : start + n_sequences * length]
-    return rearrange(tokens, "head (sequence token) d_head -> sequence head token d_head", token=length)
+    return tokens.unflatten(1, (n_sequences, length)).transpose(0, 1)
 
 
 def after_prefix(base: Tensor, own: Tensor, group: GroupOnDevice) -> Tensor:
