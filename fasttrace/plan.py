@@ -342,7 +342,10 @@ def _edit_tokens(shape: Shape, rows: _Rows, edits: EditTable) -> tuple[np.ndarra
     if not len(edits.cell):
         return edits.cell, edits.cell
     row = rows.of_cell[edits.cell]
-    _, once = np.unique(row * shape.n_positions + edits.position, return_index=True)
+    place = row * shape.n_positions + edits.position
+    edit_at = np.full(len(rows.first) * shape.n_positions, -1)
+    edit_at[place] = np.arange(len(place))
+    once = edit_at[edit_at >= 0]
     row, position, clean = row[once], edits.position[once], edits.clean[once]
     sample = np.arange(shape.samples)[:, None]
     to = rows.start[rows.place[:, row]] + position - rows.first[row]
