@@ -274,7 +274,8 @@ def cold_timing(run: Callable[[], object], device: str) -> Timing:
         return measure(run, 3)
     from triton.testing import do_bench
 
-    p20, p50, p80 = do_bench(run, warmup=10, rep=60, quantiles=[0.2, 0.5, 0.8])
+    percentiles: Any = do_bench(run, warmup=10, rep=60, quantiles=[0.2, 0.5, 0.8])
+    p20, p50, p80 = percentiles
     return Timing(p20 / 1e3, p50 / 1e3, p80 / 1e3, 0)
 
 

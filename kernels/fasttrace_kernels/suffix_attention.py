@@ -172,7 +172,7 @@ def _launch(
     if not grid:
         return
     try:
-        import triton
+        import triton.knobs
 
         from fasttrace_kernels.suffix_attention_kernel import suffix_attention_kernel
     except ImportError as error:
