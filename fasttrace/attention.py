@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fasttrace.adapters import Anatomy
 from fasttrace.errors import EngineError
 from fasttrace.hooks import replaced_method
+from fasttrace.plan import Rectangle
 
 if TYPE_CHECKING:
     from fasttrace.kernel_attention import KernelState
@@ -37,26 +38,11 @@ NAME = "fasttrace_ragged"
 
 
 @dataclass(frozen=True)
-class GroupOnDevice:
+class GroupOnDevice(Rectangle):
     """`plan.Group` with its base rows as an index tensor on a device."""
 
-    n_positions: int
-    first: int
-    stop: int
-    start: int
-    tile_rows: int
     n_tiles: int
     base: Tensor
-
-    @property
-    def length(self) -> int:
-        """Tokens of a tile."""
-        return self.tile_rows * (self.stop - self.first)
-
-    @property
-    def has_base_rows(self) -> bool:
-        """Whether the base rows of this length are the group's first."""
-        return (self.first, self.stop) == (0, self.n_positions)
 
     def of_mask(self, mask: Tensor) -> Tensor:
         """[batch, 1 or head, position, position] of the longest prompt -> [1, ..., query, position] of a row."""

@@ -138,8 +138,7 @@ def layout_of(block: BlockPlan, tile: int) -> AttentionLayout:
     columns = []
     base_rows_at = {group.n_positions: group.start for group in block.groups if group.has_base_rows}
     for group in block.groups:
-        length = group.stop - group.first
-        base = np.repeat(group.base, group.tile_rows)
+        length, base = group.stop - group.first, np.repeat(group.base, group.tile_rows)
         start = group.start + np.arange(len(base)) * length
         base_start = base_rows_at[group.n_positions] + base * group.n_positions
         columns.append((start, np.full_like(start, length), np.full_like(start, group.first), base_start))

@@ -7,8 +7,9 @@ prompts as neighbours.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -66,24 +67,23 @@ def peak_tokens(plans: Sequence[Plan]) -> int:
 
 
 class _Piece(NamedTuple):
-    """Neighbouring rows of one shape in one plan; pieces are put into the common pack in this order."""
+    """Neighbouring rows of one shape in one plan.
 
-    n_positions: int
-    first: int
-    fewer_positions: int
-    fewer_tile_rows: int
+    Attributes:
+        restored: they are not base rows.
+        plan: its number.
+        rows: the rows, with the base rows' numbers among all that are as long.
+    """
+
     restored: bool
     plan: int
-    start: int
-    base: np.ndarray
+    rows: Group
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        return self.n_positions, self.first, -self.fewer_positions, -self.fewer_tile_rows
-
-    @property
-    def n_tokens(self) -> int:
-        return len(self.base) * -self.fewer_tile_rows * (-self.fewer_positions - self.first)
+        """What pieces have in common that make one rectangle, in the order of the pack: whole rows and tiles first."""
+        rows = self.rows
+        return rows.n_positions, rows.first, -rows.stop, -rows.tile_rows
 
 
 class _Merge:
@@ -136,29 +136,28 @@ class _Merge:
     def _laid_out(self, parts: Sequence[BlockPlan]) -> tuple[Places, tuple[Group, ...]]:
         """Where every token stands in a block's common pack, and its rectangles."""
         places = [np.empty(part.n_tokens, dtype=np.int64) for part in parts]
-        pieces = sorted(self._pieces(parts), key=lambda piece: piece[:7])
+        order = attrgetter("shape", "restored", "plan", "rows.start")
         groups, at = [], 0
-        for shape, same in groupby(pieces, key=lambda piece: piece.shape):
-            n_positions, first, stop, tile_rows = shape
-            begin, bases = at, []
-            for piece in same:
-                places[piece.plan][piece.start : piece.start + piece.n_tokens] = np.arange(at, at + piece.n_tokens)
-                at += piece.n_tokens
-                bases.append(piece.base)
-            groups.append(Group(n_positions, first, stop, begin, tile_rows, np.concatenate(bases)))
+        for _, same in groupby(sorted(self._pieces(parts), key=order), key=attrgetter("shape")):
+            begin, pieces = at, list(same)
+            for _, plan, rows in pieces:
+                n_tokens = len(rows.base) * rows.length
+                places[plan][rows.start : rows.start + n_tokens] = np.arange(at, at + n_tokens)
+                at += n_tokens
+            bases = np.concatenate([piece.rows.base for piece in pieces])
+            groups.append(replace(pieces[0].rows, start=begin, base=bases))
         return places, tuple(groups)
 
     def _pieces(self, parts: Sequence[BlockPlan]) -> Iterator[_Piece]:
         for (number, plan), part in zip(self._each(), parts, strict=True):
-            n_base, length = plan.n_base, plan.shape.n_positions
             for group in part.groups:
-                shape = length, group.first, -group.stop, -group.tile_rows
                 base = self.row_of_length[number] + group.base
-                if group.start == 0:
-                    yield _Piece(*shape, False, number, 0, base[:n_base])
-                    yield _Piece(*shape, True, number, n_base * length, base[n_base:])
-                else:
-                    yield _Piece(*shape, True, number, group.start, base)
+                if not group.has_base_rows:
+                    yield _Piece(True, number, replace(group, base=base))
+                    continue
+                yield _Piece(False, number, replace(group, base=base[: plan.n_base]))
+                start = plan.n_base * plan.shape.n_positions
+                yield _Piece(True, number, replace(group, start=start, base=base[plan.n_base :]))
 
     def _block(
         self, parts: Sequence[BlockPlan], before: Places, places: Places, groups: tuple[Group, ...]

@@ -27,23 +27,21 @@ from fasttrace.edits import ATTENTION, MLP, RESIDUAL, EditTable, Shape, effectiv
 Layout = Literal["narrow", "suffix", "full"]
 """What a restored row holds: the tokens that pass 8 leaves it, those from its first edit on, or the whole prompt."""
 
-
 TILE_TOKENS = 32
 """Rows that share a base row attend together in tiles of about this many tokens: the base row's keys are then
 gathered once a tile, and a block-diagonal mask keeps the rows apart."""
 
 
 @dataclass(frozen=True)
-class Group:
-    """Neighbouring rows that hold the same positions, as a rectangle [tile, tile rows * (stop - first)].
+class Rectangle:
+    """Neighbouring rows that hold the same positions, [tile, tile rows * (stop - first)].
 
     Attributes:
         n_positions: tokens of the rows' prompt.
         first: first position the rows hold; the keys before it are the base row's.
         stop: the position after the last one they hold.
-        start: index of the group's first token in the pack.
+        start: index of the first token in the pack.
         tile_rows: rows of a tile, all of one base row.
-        base: [tile] the base row.
     """
 
     n_positions: int
@@ -51,12 +49,27 @@ class Group:
     stop: int
     start: int
     tile_rows: int
-    base: np.ndarray
+
+    @property
+    def length(self) -> int:
+        """Tokens of a tile."""
+        return self.tile_rows * (self.stop - self.first)
 
     @property
     def has_base_rows(self) -> bool:
-        """Whether the base rows of this length are the group's first."""
+        """Whether the first rows are the base rows of this length."""
         return (self.first, self.stop) == (0, self.n_positions)
+
+
+@dataclass(frozen=True)
+class Group(Rectangle):
+    """A rectangle of a plan.
+
+    Attributes:
+        base: [tile] the base row.
+    """
+
+    base: np.ndarray
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ CHUNK_BYTES = 128 << 20
 """Largest float32 logits tensor of one chunk of rows."""
 
 CPU_CHUNK = 128
-"""Rows of a chunk on a CPU, at most: their logits are then written to memory that the process has already."""
+"""Rows of a chunk on a CPU, at most. The logits of 50,000 tokens are then small enough for memory that the process has
+already; larger ones are given back to the system and mapped anew for every chunk."""
 
 
 @dataclass(frozen=True)
