@@ -1,17 +1,17 @@
-"""Matrix products of float32 models on a CPU, through whichever of torch's two libraries is faster there.
+"""Matrix products on a CPU, through whichever of torch's two libraries is faster there.
 
-torch computes float32 products with MKL. On some CPUs, AMD's among them, oneDNN has kernels that run twice as fast with
+torch computes float32 products with MKL. On some CPUs, AMD's with AVX512 among them, oneDNN's kernels are faster with
 the same rounding error; on others MKL wins in the blocks, and oneDNN in the head with its few tokens and large weight.
-Which one it is, is measured once a process for each of the two.
+Which one it is, is measured once a process for each kind of product that a model has. bfloat16 products are oneDNN's
+either way, but torch first copies the weight where the states are a view of others.
 """
 
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,47 +21,61 @@ from fasttrace.hooks import replaced_forward
 
 logger = logging.getLogger("fasttrace")
 
-BLOCK_PROBE = (512, 1024, 2048)
-HEAD_PROBE = (128, 512, 32768)
-"""Tokens, inputs and outputs of the products that are measured: in a block, and in the head with its few tokens."""
 
-ROUNDS = 3
-CLEARLY = 1.15
+class Probe(NamedTuple):
+    """A product to measure: [tokens, inputs] with a weight [outputs, inputs], or [inputs, outputs] as GPT-2's are."""
+
+    tokens: int
+    inputs: int
+    outputs: int
+    turned: bool = False
+
+
+BLOCK_PROBE = Probe(512, 1024, 2048)
+TURNED_PROBE = Probe(512, 1024, 2048, turned=True)
+HEAD_PROBE = Probe(128, 512, 32768)
+"""In a block, in a block of GPT-2, and in the head with its few tokens."""
+
+ROUNDS = 5
+CLEARLY = 1.05
 """oneDNN is taken where it is that many times as fast."""
 
 LARGEST_ERROR = 1e-5
 """Norm of the difference of the two libraries' results over the norm of either, beyond which oneDNN is not taken: it
 may be told to round to bfloat16."""
 
-KEPT_TRANSPOSED = 2
-"""GPT-2 keeps its weights as [inputs, outputs], oneDNN wants them the other way round; so many are kept turned, which
-is enough for an MLP that works through its tokens in chunks."""
-
 
 def onednn_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`torch.nn.functional.linear` in oneDNN.
 
     Args:
-        hidden: float32 [..., inputs].
-        weight: float32 [outputs, inputs], contiguous.
+        hidden: float32 or bfloat16 [..., inputs], with any strides.
+        weight: the same type, [outputs, inputs], with any strides.
         bias: [outputs] or None.
     """
     return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
 
 
+def onednn_does_bfloat16() -> bool:
+    """Whether oneDNN computes bfloat16 products on this CPU."""
+    return _has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 @lru_cache(maxsize=8)
-def onednn_is_faster(threads: int, probe: tuple[int, int, int]) -> bool:
-    """Whether oneDNN's products are clearly faster than MKL's here, and as exact; measured once.
+def onednn_is_faster(threads: int, probe: Probe) -> bool:
+    """Whether oneDNN's float32 products are clearly faster than MKL's here, and as exact; measured once.
 
     Args:
         threads: that torch computes with.
-        probe: tokens, inputs and outputs of the product.
+        probe: the product.
     """
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not _has_onednn():
         return False
     generator = torch.Generator().manual_seed(0)
-    tokens, inputs, outputs = probe
-    hidden, weight = (torch.randn(size, generator=generator) for size in ((tokens, inputs), (outputs, inputs)))
+    hidden = torch.randn(probe.tokens, probe.inputs, generator=generator)
+    lies = (probe.inputs, probe.outputs) if probe.turned else (probe.outputs, probe.inputs)
+    weight = torch.randn(lies, generator=generator)
+    weight = weight.t() if probe.turned else weight
     error = torch.linalg.norm(onednn_linear(hidden, weight, None) - nn.functional.linear(hidden, weight))
     if not error <= LARGEST_ERROR * torch.linalg.norm(nn.functional.linear(hidden, weight)):
         return False
@@ -69,9 +83,12 @@ def onednn_is_faster(threads: int, probe: tuple[int, int, int]) -> bool:
         [_seconds(linear, hidden, weight) for linear in (nn.functional.linear, onednn_linear)] for _ in range(ROUNDS)
     ]
     mkl, onednn = map(min, zip(*seconds, strict=True))
-    size = " x ".join(map(str, probe))
-    logger.info("float32 products %s with %d threads: oneDNN %.2f times as fast as MKL", size, threads, mkl / onednn)
+    logger.info("float32 products, %s, %d threads: oneDNN %.2f times as fast as MKL", probe, threads, mkl / onednn)
     return mkl > CLEARLY * onednn
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _seconds(linear: Callable[..., Tensor], hidden: Tensor, weight: Tensor) -> float:
@@ -82,25 +99,24 @@ def _seconds(linear: Callable[..., Tensor], hidden: Tensor, weight: Tensor) -> f
 
 @contextmanager
 def fast_linears(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """While open, the float32 linears among modules on the CPU compute with oneDNN; other modules are left alone."""
+    """While open, the plain linears among modules on the CPU compute with oneDNN; other modules are left alone."""
     with ExitStack() as stack:
-        turned = _Transposed()
         for module in modules:
             if _is_plain(module, nn.Linear):
                 stack.enter_context(replaced_forward(module, _of_linear(module)))
             elif _is_plain(module, Conv1D):
-                stack.enter_context(replaced_forward(module, _of_conv1d(module, turned)))
+                stack.enter_context(replaced_forward(module, _of_conv1d(module)))
         yield
 
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Of exactly this class, with dense float32 weights in main memory."""
+    """Of exactly this class, with dense float32 or bfloat16 weights in main memory."""
     weight = getattr(module, "weight", None)
     return (
         type(module) is kind
         and type(weight) is nn.Parameter
         and weight.device.type == "cpu"
-        and weight.dtype == torch.float32
+        and weight.dtype in (torch.float32, torch.bfloat16)
         and weight.is_contiguous()
         and "forward" not in vars(module)
     )
@@ -110,22 +126,6 @@ def _of_linear(module: Any) -> Callable[[Tensor], Tensor]:
     return lambda hidden: onednn_linear(hidden, module.weight, module.bias)
 
 
-def _of_conv1d(module: Any, turned: "_Transposed") -> Callable[[Tensor], Tensor]:
-    return lambda hidden: onednn_linear(hidden, turned.of(module.weight), module.bias)
-
-
-class _Transposed:
-    """The last few weights that were asked for, turned."""
-
-    def __init__(self):
-        self.kept: OrderedDict[int, Tensor] = OrderedDict()
-
-    def of(self, weight: Tensor) -> Tensor:
-        """[inputs, outputs] -> [outputs, inputs]."""
-        key = id(weight)
-        if key not in self.kept:
-            self.kept[key] = weight.t().contiguous()
-            if len(self.kept) > KEPT_TRANSPOSED:
-                self.kept.popitem(last=False)
-        self.kept.move_to_end(key)
-        return self.kept[key]
+def _of_conv1d(module: Any) -> Callable[[Tensor], Tensor]:
+    """GPT-2's linear, whose weight is [inputs, outputs]."""
+    return lambda hidden: onednn_linear(hidden, module.weight.t(), module.bias)

@@ -13,9 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
+from transformers.pytorch_utils import Conv1D
 
 from fasttrace.adapters import Anatomy
-from fasttrace.cpu_linears import BLOCK_PROBE, HEAD_PROBE, fast_linears, onednn_is_faster
+from fasttrace.cpu_linears import (
+    BLOCK_PROBE,
+    HEAD_PROBE,
+    TURNED_PROBE,
+    fast_linears,
+    onednn_does_bfloat16,
+    onednn_is_faster,
+)
 from fasttrace.hooks import replaced_forward
 from fasttrace.packs import Pack
 
@@ -84,12 +92,19 @@ def fused(anatomy: Anatomy, fuse: bool = True) -> Iterator[None]:
 
 
 def _for_onednn(anatomy: Anatomy) -> list[nn.Module]:
-    """Modules whose matrix products are left to oneDNN, where they have any; narrow ones cost more to call."""
-    if anatomy.dtype != torch.float32 or anatomy.d_model < ONEDNN_WIDTH:
+    """Modules whose matrix products are left to oneDNN; those of narrow models cost more to call."""
+    if anatomy.d_model < ONEDNN_WIDTH:
         return []
-    threads, head = torch.get_num_threads(), anatomy.model.get_output_embeddings()
-    takes_blocks, takes_head = (onednn_is_faster(threads, probe) for probe in (BLOCK_PROBE, HEAD_PROBE))
-    return [module for module in anatomy.model.modules() if (takes_head if module is head else takes_blocks)]
+    head = anatomy.model.get_output_embeddings()
+    linears = [module for module in anatomy.model.modules() if isinstance(module, nn.Linear | Conv1D)]
+    return [module for module in linears if _takes_onednn(module, is_head=module is head)]
+
+
+def _takes_onednn(linear: nn.Linear | Conv1D, is_head: bool) -> bool:
+    if linear.weight.dtype == torch.bfloat16:
+        return onednn_does_bfloat16()
+    probe = HEAD_PROBE if is_head else TURNED_PROBE if isinstance(linear, Conv1D) else BLOCK_PROBE
+    return linear.weight.dtype == torch.float32 and onednn_is_faster(torch.get_num_threads(), probe)
 
 
 def _dense_mlps(anatomy: Anatomy) -> list[nn.Module]:
