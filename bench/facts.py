@@ -23,6 +23,7 @@ from bench.card import card, print_card
 from bench.gate import DisagreementError
 from bench.report import new_report, path_of, write
 from bench.timing import Ceiling, Section, default_device, matmul_ceiling, seconds_of, sustained_rate
+from fasttrace.engines import LAYOUTS
 from fasttrace.engines.memory import READOUT_BYTES, Budget, bytes_per_token
 from fasttrace.many import Encoded, Study, study_of
 from fasttrace.packs import peak_tokens
@@ -93,7 +94,7 @@ def known_facts(tracer: fasttrace.Tracer, facts: Any, count: int, **options: Any
 
 
 def measure_speed(study: Study, known: Sequence[Encoded], ceiling: Ceiling, device: str) -> Speed:
-    """Packs and single prompts in turn."""
+    """Packs and single prompts in turn; which of them meets a shape first, and plans it, changes from pack to pack."""
     anatomy = study.sweep.anatomy
     packs = study.packed(known)
     together: list[float] = []
@@ -101,12 +102,12 @@ def measure_speed(study: Study, known: Sequence[Encoded], ceiling: Ceiling, devi
     rates = [sustained_rate(ceiling, anatomy.dtype, device)]
     errors, flops, cells = [], 0, 0
     with Section(device) as section:
-        for pack in packs:
+        for number, pack in enumerate(packs):
             found: list[fasttrace.TraceResult] = []
             single: list[fasttrace.TraceResult] = []
-            together.append(seconds_of(lambda pack=pack, found=found: found.extend(results(study, [pack])), device))
-            ones = [[each] for each in pack]
-            alone.append(seconds_of(lambda ones=ones, single=single: single.extend(results(study, ones)), device))
+            ways = [(found, [pack], together), (single, [[each] for each in pack], alone)]
+            for into, chosen, seconds in reversed(ways) if number % 2 else ways:
+                seconds.append(seconds_of(lambda into=into, chosen=chosen: into.extend(results(study, chosen)), device))
             rates.append(sustained_rate(ceiling, anatomy.dtype, device))
             errors.append(agreement(found, single, anatomy.dtype))
             flops += sum(result.cost.flops for result in found)
@@ -155,8 +156,8 @@ def agreement(
 
 def largest_pack(study: Study, packs: Sequence[Sequence[Encoded]]) -> int:
     """Tokens of the largest pack that runs; of a prompt that is split, the budget."""
-    layers = study.sweep.anatomy.n_layers
-    sizes = [peak_tokens([study.sweep.job(each.prompt).plan(layers, "suffix") for each in pack]) for pack in packs]
+    layers, layout = study.sweep.anatomy.n_layers, LAYOUTS[study.sweep.choice.name]
+    sizes = [peak_tokens([study.sweep.job(each.prompt).plan(layers, layout) for each in pack]) for pack in packs]
     return min(study.budget.tokens, max(sizes))
 
 

@@ -7,11 +7,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from bench import peers, run
 from bench.card import card, slug
 from bench.cases import CASES, STREAMS, Cell, Workload, build
 from bench.gate import DisagreementError, Plain, agree, spread_cells
+from bench.split import HEAD, marked
 from bench.timing import Section, Timing, interleave, ratios
 
 
@@ -132,3 +134,15 @@ def test_a_device_is_a_plain_folder_name():
     assert name
     assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
     assert all(pair != ("-", "-") for pair in pairwise(name))
+
+
+def test_what_the_profiler_marks_is_computed_as_it_is_timed(workload):
+    seen = []
+    head = workload.model.get_output_embeddings()
+    with marked(workload.model), profile(activities=[ProfilerActivity.CPU]) as recorded:
+        assert not any("forward" in vars(module) for module in workload.model.modules())
+        seen.append(head(torch.ones(1, head.in_features)))
+    assert [event.name for event in recorded.events()].count(HEAD) == 1
+    assert torch.equal(seen[0], head(torch.ones(1, head.in_features)))
+    assert not head._forward_hooks
+    assert not head._forward_pre_hooks

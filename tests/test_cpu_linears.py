@@ -1,13 +1,23 @@
 """Products through oneDNN give MKL's numbers, and leave the model as it was."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from fasttrace import cpu_linears, ops
 from fasttrace.adapters import anatomy_of
 from fasttrace.cells import STREAMS
-from fasttrace.cpu_linears import fast_linears, onednn_is_faster
+from fasttrace.cpu_linears import (
+    HEAD_PROBE,
+    TURNED_PROBE,
+    Probe,
+    fast_linears,
+    onednn_does_bfloat16,
+    onednn_is_faster,
+)
 from fasttrace.engines import ENGINES, reference
 from fasttrace.ops import fused
 from tests.conftest import all_grids, make_job, tiny_model
@@ -50,12 +60,12 @@ def test_the_model_has_its_own_forward_again_afterwards(family, calls):
 
 
 @needs_onednn
-def test_what_is_not_a_plain_float32_linear_is_left_alone():
+def test_what_is_not_a_plain_linear_is_left_alone():
     class Scaled(nn.Linear):
         def forward(self, hidden):
             return 2 * super().forward(hidden)
 
-    model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.bfloat16), Scaled(4, 4), nn.Linear(4, 4)])
+    model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.float64), Scaled(4, 4), nn.Linear(4, 4)])
     model[3].forward = lambda hidden: hidden  # somebody else's
     with fast_linears(model):
         assert ["forward" in vars(module) for module in model] == [True, False, False, True]
@@ -63,23 +73,55 @@ def test_what_is_not_a_plain_float32_linear_is_left_alone():
 
 
 @needs_onednn
-def test_few_turned_weights_are_kept_and_the_right_ones():
-    turned = cpu_linears._Transposed()
-    weights = [torch.randn(3, 5) for _ in range(4)]
-    for weight in (weights[0], weights[1], weights[0], weights[2], weights[3], weights[0]):
-        assert torch.equal(turned.of(weight), weight.t())
-        assert len(turned.kept) <= cpu_linears.KEPT_TRANSPOSED
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("linear", [nn.Linear(32, 48), Conv1D(48, 32)], ids=["Linear", "Conv1D"])
+def test_products_are_the_modules_own_for_views_too(linear, dtype):
+    if dtype == torch.bfloat16 and not onednn_does_bfloat16():
+        pytest.skip("oneDNN computes no bfloat16 on this CPU")
+    module = copy.deepcopy(linear).to(dtype)
+    hidden = torch.randn(3, 9, 32, dtype=dtype)[:, 4:]
+    with torch.no_grad():
+        expected = module(hidden.contiguous())
+        with fast_linears([module]):
+            assert "forward" in vars(module)
+            found = module(hidden)
+    assert found.dtype == dtype
+    assert torch.linalg.norm((found - expected).float()) <= 1e-2 * torch.linalg.norm(expected.float())
+
+
+@needs_onednn
+@pytest.mark.parametrize("supported", [True, False])
+def test_bfloat16_goes_to_onednn_where_it_computes_that(family, monkeypatch, supported):
+    monkeypatch.setattr(ops, "onednn_does_bfloat16", lambda: supported)
+    monkeypatch.setattr(ops, "onednn_is_faster", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(ops, "ONEDNN_WIDTH", 1)
+    model = tiny_model(family).bfloat16()
+    with fused(anatomy_of(model)):
+        linears = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
+        assert all(("forward" in vars(module)) == supported for module in linears)
+
+
+@needs_onednn
+def test_weights_are_measured_as_they_lie(monkeypatch):
+    strides = []
+    right = cpu_linears.onednn_linear
+    monkeypatch.setattr(cpu_linears, "onednn_linear", lambda *args: strides.append(args[1].stride()) or right(*args))
+    onednn_is_faster.cache_clear()
+    for probe in (Probe(16, 32, 64), Probe(16, 32, 64, turned=True)):
+        onednn_is_faster(94, probe)
+    onednn_is_faster.cache_clear()
+    assert set(strides) == {(32, 1), (1, 64)}
 
 
 @needs_onednn
 def test_the_faster_library_is_taken_and_only_if_it_is_as_exact(monkeypatch):
-    probe = (16, 32, 64)
+    probe = Probe(16, 32, 64)
     right = cpu_linears.onednn_linear
     times = {right: 1.0, nn.functional.linear: 2.0}
     monkeypatch.setattr(cpu_linears, "_seconds", lambda linear, *_: times[linear])
     onednn_is_faster.cache_clear()
     assert onednn_is_faster(91, probe)
-    times[right] = 1.9
+    times[right] = 1.95
     assert not onednn_is_faster(92, probe)
     times[right] = 1.0
     rounded = lambda hidden, weight, bias: right(hidden.bfloat16().float(), weight, bias)  # noqa: E731
@@ -91,14 +133,23 @@ def test_the_faster_library_is_taken_and_only_if_it_is_as_exact(monkeypatch):
 @needs_onednn
 @pytest.mark.parametrize("faster_in", ["blocks", "head"])
 def test_blocks_and_head_are_decided_on_by_themselves(family, calls, monkeypatch, faster_in):
-    probe = {"blocks": cpu_linears.BLOCK_PROBE, "head": cpu_linears.HEAD_PROBE}[faster_in]
-    monkeypatch.setattr(ops, "onednn_is_faster", lambda _, measured: measured == probe)
+    monkeypatch.setattr(ops, "onednn_is_faster", lambda _, probe: (probe == HEAD_PROBE) == (faster_in == "head"))
     anatomy = anatomy_of(tiny_model(family))
     with fused(anatomy):
         ENGINES["wavefront"](anatomy, make_job(5, (1, 3), 1, all_grids(STREAMS, 3, 5)), lambda: None)
     head = anatomy.model.get_output_embeddings().weight.shape
     assert calls
     assert all((shape == head) == (faster_in == "head") for shape in calls)
+
+
+@needs_onednn
+def test_gpt2s_turned_weights_are_decided_on_by_themselves(monkeypatch):
+    monkeypatch.setattr(ops, "onednn_is_faster", lambda _, probe: probe == TURNED_PROBE)
+    monkeypatch.setattr(ops, "ONEDNN_WIDTH", 1)
+    model = tiny_model("gpt2")
+    with fused(anatomy_of(model)):
+        assert "forward" not in vars(model.get_output_embeddings())
+        assert all("forward" in vars(module) for module in model.modules() if isinstance(module, Conv1D))
 
 
 def test_narrow_models_are_not_measured(family, monkeypatch):
