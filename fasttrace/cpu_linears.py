@@ -2,15 +2,15 @@
 
 torch computes float32 products with MKL. On some CPUs, AMD's with AVX512 among them, oneDNN's kernels are faster with
 the same rounding error; on others MKL wins in the blocks, and oneDNN in the head with its few tokens and large weight.
-Which one it is, is measured once a process for each kind of product that a model has. bfloat16 products are oneDNN's
-either way, but torch first copies the weight where the states are a view of others.
+Which one it is, is measured once a process for each kind of product that a model has; the processes of one run then
+settle on one, so that their numbers are the same. bfloat16 products are oneDNN's either way, but torch first copies the
+weight where the states are a view of others.
 """
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +40,11 @@ ROUNDS = 5
 CLEARLY = 1.05
 """oneDNN is taken where it is that many times as fast."""
 
+Choices = Mapping[tuple[int, Probe], bool]
+"""(Threads that torch computes with, product) -> whether oneDNN is taken for it."""
+
+_CHOSEN: dict[tuple[int, Probe], bool] = {}
+
 LARGEST_ERROR = 1e-5
 """Norm of the difference of the two libraries' results over the norm of either, beyond which oneDNN is not taken: it
 may be told to round to bfloat16."""
@@ -61,7 +66,6 @@ def onednn_does_bfloat16() -> bool:
     return _has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-@lru_cache(maxsize=8)
 def onednn_is_faster(threads: int, probe: Probe) -> bool:
     """Whether oneDNN's float32 products are clearly faster than MKL's here, and as exact; measured once.
 
@@ -69,6 +73,27 @@ def onednn_is_faster(threads: int, probe: Probe) -> bool:
         threads: that torch computes with.
         probe: the product.
     """
+    if (threads, probe) not in _CHOSEN:
+        _CHOSEN[threads, probe] = _measured(threads, probe)
+    return _CHOSEN[threads, probe]
+
+
+def choices() -> Choices:
+    """What this process has measured so far."""
+    return dict(_CHOSEN)
+
+
+def settle(of_all: Iterable[Choices]) -> None:
+    """Takes oneDNN from now on only for products for which no process has found MKL better.
+
+    Args:
+        of_all: the choices of all processes that work on one run.
+    """
+    refused = {key for found in of_all for key, chosen in found.items() if not chosen}
+    _CHOSEN.update(dict.fromkeys(refused & _CHOSEN.keys(), False))
+
+
+def _measured(threads: int, probe: Probe) -> bool:
     if not _has_onednn():
         return False
     generator = torch.Generator().manual_seed(0)

@@ -11,6 +11,7 @@ from fasttrace import cpu_linears, ops
 from fasttrace.adapters import anatomy_of
 from fasttrace.cells import STREAMS
 from fasttrace.cpu_linears import (
+    BLOCK_PROBE,
     HEAD_PROBE,
     TURNED_PROBE,
     Probe,
@@ -18,9 +19,14 @@ from fasttrace.cpu_linears import (
     onednn_does_bfloat16,
     onednn_is_faster,
 )
+from fasttrace.datasets import read_facts
+from fasttrace.distributed import Ranks
 from fasttrace.engines import ENGINES, reference
 from fasttrace.ops import fused
+from fasttrace.runs import run
 from tests.conftest import all_grids, make_job, tiny_model
+from tests.run_facts import OPTIONS, facts_of
+from tests.test_api import tracer_with_text
 from tests.test_engines import relative_error
 
 needs_onednn = pytest.mark.skipif(
@@ -37,6 +43,12 @@ def calls(monkeypatch):
     monkeypatch.setattr(ops, "onednn_is_faster", lambda *_: True)
     monkeypatch.setattr(ops, "ONEDNN_WIDTH", 1)
     return seen
+
+
+@pytest.fixture(autouse=True)
+def unmeasured(monkeypatch):
+    """Nothing has been measured yet."""
+    monkeypatch.setattr(cpu_linears, "_CHOSEN", {})
 
 
 @needs_onednn
@@ -106,10 +118,8 @@ def test_weights_are_measured_as_they_lie(monkeypatch):
     strides = []
     right = cpu_linears.onednn_linear
     monkeypatch.setattr(cpu_linears, "onednn_linear", lambda *args: strides.append(args[1].stride()) or right(*args))
-    onednn_is_faster.cache_clear()
     for probe in (Probe(16, 32, 64), Probe(16, 32, 64, turned=True)):
         onednn_is_faster(94, probe)
-    onednn_is_faster.cache_clear()
     assert set(strides) == {(32, 1), (1, 64)}
 
 
@@ -119,7 +129,6 @@ def test_the_faster_library_is_taken_and_only_if_it_is_as_exact(monkeypatch):
     right = cpu_linears.onednn_linear
     times = {right: 1.0, nn.functional.linear: 2.0}
     monkeypatch.setattr(cpu_linears, "_seconds", lambda linear, *_: times[linear])
-    onednn_is_faster.cache_clear()
     assert onednn_is_faster(91, probe)
     times[right] = 1.95
     assert not onednn_is_faster(92, probe)
@@ -127,7 +136,6 @@ def test_the_faster_library_is_taken_and_only_if_it_is_as_exact(monkeypatch):
     rounded = lambda hidden, weight, bias: right(hidden.bfloat16().float(), weight, bias)  # noqa: E731
     monkeypatch.setattr(cpu_linears, "onednn_linear", rounded)
     assert not onednn_is_faster(93, probe)
-    onednn_is_faster.cache_clear()
 
 
 @needs_onednn
@@ -150,6 +158,36 @@ def test_gpt2s_turned_weights_are_decided_on_by_themselves(monkeypatch):
     with fused(anatomy_of(model)):
         assert "forward" not in vars(model.get_output_embeddings())
         assert all("forward" in vars(module) for module in model.modules() if isinstance(module, Conv1D))
+
+
+@needs_onednn
+def test_a_product_is_measured_once_and_processes_settle_on_what_all_found(monkeypatch):
+    measured = []
+    monkeypatch.setattr(cpu_linears, "_measured", lambda *key: measured.append(key) or True)
+    for _ in range(2):
+        assert onednn_is_faster(2, HEAD_PROBE)
+        assert onednn_is_faster(2, TURNED_PROBE)
+    assert measured == [(2, HEAD_PROBE), (2, TURNED_PROBE)]
+    cpu_linears.settle([cpu_linears.choices(), {(2, HEAD_PROBE): False, (2, BLOCK_PROBE): False}])
+    assert not onednn_is_faster(2, HEAD_PROBE)
+    assert onednn_is_faster(2, TURNED_PROBE)
+    assert onednn_is_faster(2, BLOCK_PROBE), "not measured here, so not refused here"
+
+
+@needs_onednn
+def test_a_run_settles_before_it_computes(tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu_linears, "_measured", lambda *_: True)
+    monkeypatch.setattr(ops, "ONEDNN_WIDTH", 1)
+
+    class Other(Ranks):
+        """Another process found MKL faster."""
+
+        def all(self, work):
+            found = super().all(work)
+            return [*found, dict.fromkeys(found[0], False)] if work is cpu_linears.choices else found
+
+    run(tracer_with_text(), read_facts(facts_of(3)), tmp_path / "store", ranks=Other(), **OPTIONS)
+    assert set(cpu_linears.choices().values()) == {False}
 
 
 def test_narrow_models_are_not_measured(family, monkeypatch):
