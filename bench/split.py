@@ -144,8 +144,9 @@ def split_of(trace: Sequence[Mapping[str, Any]], on_gpu: bool) -> Split:
     call = next(event for event in host if event.name == CALL)
     inside = [event for event in host if call.start <= event.start <= call.start + call.length]
     if not on_gpu:
-        operations = [event for event in inside if event.category == "cpu_op"]
-        seconds = _by_kind((event.path, event.own) for event in operations)
+        # What attention does between torch's operations is work too: it may be compiled by something else.
+        work = [event for event in inside if event.category == "cpu_op" or event.name == ATTENTION]
+        seconds = _by_kind((event.path, event.own) for event in work)
         wall, busy = call.length / 1e6, sum(seconds.values())
         return Split(wall, seconds | {"python": max(0.0, wall - busy)}, None, None)
     launched = {event.correlation: event for event in inside if event.correlation is not None}

@@ -5,19 +5,22 @@ the same rounding error; on others MKL wins in the blocks, and oneDNN in the hea
 Which one it is, is measured once a process for each kind of product that a model has; the processes of one run then
 settle on one, so that their numbers are the same. bfloat16 products are oneDNN's either way, but torch first copies the
 weight where the states are a view of others.
+
+An MLP's GELU is computed by oneDNN inside the product before it, while the numbers are in registers.
 """
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from fasttrace.hooks import replaced_forward
+from fasttrace.hooks import evaluating, replaced_forward
 
 logger = logging.getLogger("fasttrace")
 
@@ -50,15 +53,26 @@ LARGEST_ERROR = 1e-5
 may be told to round to bfloat16."""
 
 
-def onednn_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+GELUS: dict[type[nn.Module], str] = {NewGELUActivation: "tanh", GELUTanh: "tanh", GELUActivation: "none"}
+"""transformers' modules -> what torch calls the approximation."""
+
+_IS_GELU_OF_PRODUCT: dict[tuple[type[nn.Module], ...], bool] = {}
+"""By (MLP, activation): whether the MLP was seen to give the activation the first product and nothing else."""
+
+LARGEST_GELU_ERROR = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+def onednn_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None = None) -> Tensor:
     """`torch.nn.functional.linear` in oneDNN.
 
     Args:
         hidden: float32 or bfloat16 [..., inputs], with any strides.
         weight: the same type, [outputs, inputs], with any strides.
         bias: [outputs] or None.
+        gelu: the approximation of a GELU behind it, "none" or "tanh"; None: no GELU.
     """
-    return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
+    after = ("none", "") if gelu is None else ("gelu", gelu)
+    return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, after[0], [], after[1])
 
 
 def onednn_does_bfloat16() -> bool:
@@ -147,10 +161,61 @@ def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-def _of_linear(module: Any) -> Callable[[Tensor], Tensor]:
-    return lambda hidden: onednn_linear(hidden, module.weight, module.bias)
+def _of_linear(module: Any, gelu: str | None = None) -> Callable[[Tensor], Tensor]:
+    return lambda hidden: onednn_linear(hidden, module.weight, module.bias, gelu)
 
 
-def _of_conv1d(module: Any) -> Callable[[Tensor], Tensor]:
+def _of_conv1d(module: Any, gelu: str | None = None) -> Callable[[Tensor], Tensor]:
     """GPT-2's linear, whose weight is [inputs, outputs]."""
-    return lambda hidden: onednn_linear(hidden, module.weight.t(), module.bias)
+    return lambda hidden: onednn_linear(hidden, module.weight.t(), module.bias, gelu)
+
+
+@contextmanager
+def gelu_in_product(mlp: nn.Module, down: nn.Module, of_onednn: Container[nn.Module]) -> Iterator[None]:
+    """While open, an MLP down(gelu(up(hidden))) computes its GELU with the product before; others are left alone.
+
+    Args:
+        mlp: the module.
+        down: its down projection.
+        of_onednn: linears whose products are oneDNN's.
+    """
+    with ExitStack() as stack:
+        pair = _up_and_gelu(mlp, down, of_onednn)
+        if pair is not None and _is_gelu_of_product(mlp, *pair):
+            stack.enter_context(_joined(*pair))
+        yield
+
+
+def _up_and_gelu(
+    mlp: nn.Module, down: nn.Module, of_onednn: Container[nn.Module]
+) -> tuple[nn.Module, nn.Module] | None:
+    """The other linear and the GELU, if there is one of each, with nobody else's hooks on them."""
+    ups = [part for part in mlp.modules() if isinstance(part, nn.Linear | Conv1D) and part is not down]
+    gelus = [part for part in mlp.modules() if type(part) in GELUS]
+    if len(ups) != 1 or len(gelus) != 1 or ups[0] not in of_onednn:
+        return None
+    if any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in (*ups, *gelus)):
+        return None
+    return ups[0], gelus[0]
+
+
+def _is_gelu_of_product(mlp: nn.Module, up: Any, gelu: nn.Module) -> bool:
+    """Tried once for each class of MLP, on a few numbers."""
+    kinds = type(mlp), type(gelu)
+    if kinds not in _IS_GELU_OF_PRODUCT:
+        inputs = up.weight.shape[0 if isinstance(up, Conv1D) else 1]
+        hidden = torch.randn(1, 4, inputs, generator=torch.Generator().manual_seed(0)).to(up.weight.dtype)
+        with evaluating(mlp):
+            expected = mlp(hidden)
+            with _joined(up, gelu):
+                error = torch.linalg.norm((mlp(hidden) - expected).float())
+        allowed = LARGEST_GELU_ERROR[up.weight.dtype] * torch.linalg.norm(expected.float())
+        _IS_GELU_OF_PRODUCT[kinds] = bool(error <= allowed)
+    return _IS_GELU_OF_PRODUCT[kinds]
+
+
+@contextmanager
+def _joined(up: nn.Module, gelu: nn.Module) -> Iterator[None]:
+    of_kind = _of_conv1d if isinstance(up, Conv1D) else _of_linear
+    with replaced_forward(up, of_kind(up, GELUS[type(gelu)])), replaced_forward(gelu, lambda hidden: hidden):
+        yield

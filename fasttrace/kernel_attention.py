@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fasttrace.adapters import Anatomy
 from fasttrace.engines.tables import sent
-from fasttrace.packs import Pack
+from fasttrace.packs import Pack, kept
 from fasttrace.plan import BlockPlan
 
 UNDERSTOOD = frozenset({"scaling", "softcap", "s_aux", "dropout", "sliding_window", "is_causal", "position_ids"})
@@ -38,7 +38,7 @@ class KernelState:
         n_positions: tokens of the longest prompt.
         blocks: of the plan.
         number: of the block being computed; the engine sets it.
-        layouts: by (block, tokens of a tile).
+        layouts: by (block, tokens of a tile), for all passes of the pack.
         masks: of the model.
         tiles: tokens of a tile that the model's blocks asked for, in any pass; made beforehand in the next one.
     """
@@ -52,13 +52,13 @@ class KernelState:
 
     @classmethod
     def of(cls, anatomy: Anatomy, pack: Pack) -> "KernelState":
-        """For one pass of a model, with the layouts that its last pass needed, in one copy to the device."""
-        state = cls(pack.width, pack.blocks, tiles=_TILES.setdefault(anatomy.model, set()))
-        keys = [
-            (number, tile) for tile in state.tiles for number in sorted({*map(state._born, range(len(pack.blocks)))})
-        ]
-        layouts = [layout_of(pack.blocks[number], tile) for number, tile in keys]
-        state.layouts = dict(zip(keys, _all_sent(layouts, anatomy.device), strict=True))
+        """For one pass of a model, with the layouts that its last pass needed; new ones in one copy to the device."""
+        tiles = _TILES.setdefault(anatomy.model, set())
+        state = cls(pack.width, pack.blocks, tiles=tiles, layouts=_layouts(pack, anatomy.device))
+        born = sorted({*map(state._born, range(len(pack.blocks)))})
+        missing = [(number, tile) for tile in tiles for number in born if (number, tile) not in state.layouts]
+        layouts = [layout_of(pack.blocks[number], tile) for number, tile in missing]
+        state.layouts.update(zip(missing, _all_sent(layouts, anatomy.device), strict=True))
         return state
 
     def attend(
@@ -120,6 +120,12 @@ class KernelState:
             return mask
 
         return built
+
+
+@kept
+def _layouts(_pack: Pack, _device: torch.device) -> dict[tuple, AttentionLayout]:
+    """What passes of one pack on one device share."""
+    return {}
 
 
 def _all_sent(layouts: Sequence[AttentionLayout], device: torch.device) -> list[AttentionLayout]:

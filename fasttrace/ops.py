@@ -21,6 +21,7 @@ from fasttrace.cpu_linears import (
     HEAD_PROBE,
     TURNED_PROBE,
     fast_linears,
+    gelu_in_product,
     onednn_does_bfloat16,
     onednn_is_faster,
 )
@@ -30,13 +31,15 @@ from fasttrace.packs import Pack
 if TYPE_CHECKING:
     from fasttrace.kernel_attention import KernelState
 
-KERNEL_DEVICES = ("cuda",)
-"""Where attention runs in the kernel rather than group by group."""
+KERNEL_NEEDS = {"cuda": "triton", "cpu": "numba"}
+"""Where attention is one call a block rather than one a group, and the package that compiles it there."""
+
+CPU_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 _FUSING: ContextVar[bool] = ContextVar("fasttrace_fusing", default=False)
 
-ONEDNN_WIDTH = 256
-"""Narrowest hidden state of a model whose products may go through oneDNN."""
+CPU_WIDTH = 256
+"""Narrowest hidden state of a model on a CPU that is worth oneDNN's calls and a compiled attention."""
 
 CPU_CHUNK = 1024
 """Tokens that go through an MLP together on a CPU: what is between its two products then stays in the caches."""
@@ -59,7 +62,7 @@ def in_chunks(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def attention_kernel(anatomy: Anatomy, pack: Pack, fuse: bool | None = None) -> "KernelState | None":
-    """What makes attention one launch a block, on GPUs and with fused operations; None: group by group.
+    """What makes attention one call a block, with fused operations; None: group by group.
 
     Args:
         anatomy: the model.
@@ -67,7 +70,10 @@ def attention_kernel(anatomy: Anatomy, pack: Pack, fuse: bool | None = None) -> 
         fuse: whether operations will be fused; None: as it is now.
     """
     fuse = _FUSING.get() if fuse is None else fuse
-    if not fuse or anatomy.device.type not in KERNEL_DEVICES or find_spec("triton") is None:
+    device = anatomy.device.type
+    if not fuse or device not in KERNEL_NEEDS or find_spec(KERNEL_NEEDS[device]) is None:
+        return None
+    if device == "cpu" and (anatomy.d_model < CPU_WIDTH or anatomy.dtype not in CPU_KERNEL_DTYPES):
         return None
     from fasttrace.kernel_attention import KernelState
 
@@ -81,23 +87,30 @@ def fused(anatomy: Anatomy, fuse: bool = True) -> Iterator[None]:
         token = _FUSING.set(fuse)
         stack.callback(_FUSING.reset, token)
         if fuse:
-            for module in anatomy.model.modules():
-                if isinstance(module, NewGELUActivation):
-                    stack.enter_context(replaced_forward(module, gelu_tanh))
             if anatomy.device.type == "cpu" and not anatomy.is_offloaded:
-                stack.enter_context(fast_linears(_for_onednn(anatomy)))
-                for mlp in _dense_mlps(anatomy):
-                    stack.enter_context(replaced_forward(mlp, in_chunks(mlp.forward)))
+                _fuse_on_cpu(anatomy, stack)
+            for module in anatomy.model.modules():
+                if isinstance(module, NewGELUActivation) and "forward" not in vars(module):
+                    stack.enter_context(replaced_forward(module, gelu_tanh))
         yield
 
 
-def _for_onednn(anatomy: Anatomy) -> list[nn.Module]:
+def _fuse_on_cpu(anatomy: Anatomy, stack: ExitStack) -> None:
+    linears = _for_onednn(anatomy)
+    for mlp, down in _dense_mlps(anatomy):
+        stack.enter_context(gelu_in_product(mlp, down, linears))
+    stack.enter_context(fast_linears(linears))
+    for mlp, _ in _dense_mlps(anatomy):
+        stack.enter_context(replaced_forward(mlp, in_chunks(mlp.forward)))
+
+
+def _for_onednn(anatomy: Anatomy) -> set[nn.Module]:
     """Modules whose matrix products are left to oneDNN; those of narrow models cost more to call."""
-    if anatomy.d_model < ONEDNN_WIDTH:
-        return []
+    if anatomy.d_model < CPU_WIDTH:
+        return set()
     head = anatomy.model.get_output_embeddings()
     linears = [module for module in anatomy.model.modules() if isinstance(module, nn.Linear | Conv1D)]
-    return [module for module in linears if _takes_onednn(module, is_head=module is head)]
+    return {module for module in linears if _takes_onednn(module, is_head=module is head)}
 
 
 def _takes_onednn(linear: nn.Linear | Conv1D, is_head: bool) -> bool:
@@ -107,7 +120,10 @@ def _takes_onednn(linear: nn.Linear | Conv1D, is_head: bool) -> bool:
     return linear.weight.dtype == torch.float32 and onednn_is_faster(torch.get_num_threads(), probe)
 
 
-def _dense_mlps(anatomy: Anatomy) -> list[nn.Module]:
-    """MLPs that are more than one matrix product; a mixture of experts wants all its tokens together."""
+def _dense_mlps(anatomy: Anatomy) -> list[tuple[nn.Module, nn.Module]]:
+    """MLPs of more than one matrix product, and their down projections.
+
+    A mixture of experts has no single one, and wants all its tokens together.
+    """
     pairs = zip(anatomy.parts.mlp, anatomy.parts.down, strict=True)
-    return [mlp for mlp, down in pairs if mlp is not None and down is not None and mlp is not down]
+    return [(mlp, down) for mlp, down in pairs if mlp is not None and down is not None and mlp is not down]

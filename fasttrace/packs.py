@@ -6,11 +6,12 @@ Prompts of one length stand together there: first their base rows, then their re
 prompts as neighbours.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache, wraps
 from itertools import groupby
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,9 +21,15 @@ Places = list[np.ndarray]
 """[plan][token of the plan's own pack] -> token of the common pack."""
 
 
-@dataclass(frozen=True)
+KEPT_PACKS = 4
+LARGEST_KEPT = 1 << 20
+"""Packs of the last passes that are remembered with what was made of them, and the most tokens over all blocks that
+such a pack may have: its tables then take 64 MiB at most."""
+
+
+@dataclass(frozen=True, eq=False)
 class Pack:
-    """One forward pass for several plans.
+    """One forward pass for several plans. Equal to itself alone, so that what is made of it can be kept.
 
     Attributes:
         plans: one a prompt.
@@ -49,16 +56,36 @@ class Pack:
 
 
 def pack_of(plans: Sequence[Plan]) -> Pack:
-    """The pack of plans for one model; that of a single plan has the plan's own tables."""
+    """The pack of plans for one model; that of a single plan has the plan's own tables. Small ones are kept."""
+    return (_kept_pack if _is_small(plans) else _pack_of)(tuple(plans))
+
+
+def kept(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Remembers what a function makes of a pack, and of more that can be hashed, if the pack is small."""
+    remembered = lru_cache(maxsize=KEPT_PACKS)(make)
+
+    @wraps(make)
+    def of(pack: Pack, *more: Any) -> Any:
+        return (remembered if _is_small(pack.plans) else make)(pack, *more)
+
+    return of
+
+
+def _is_small(plans: Sequence[Plan]) -> bool:
+    return sum(int(plan.n_tokens.sum()) for plan in plans) <= LARGEST_KEPT
+
+
+def _pack_of(plans: tuple[Plan, ...]) -> Pack:
     merge = _Merge(plans)
     if len(plans) == 1:
         blocks, places = plans[0].blocks, [np.arange(plans[0].blocks[-1].n_tokens)]
     else:
         blocks, places = merge.blocks()
     last = [place[plan.last_tokens.reshape(-1)] for place, plan in zip(places, plans, strict=True)]
-    return Pack(
-        tuple(plans), merge.width, merge.base_rows, blocks, np.concatenate(merge.ends(places)), np.concatenate(last)
-    )
+    return Pack(plans, merge.width, merge.base_rows, blocks, np.concatenate(merge.ends(places)), np.concatenate(last))
+
+
+_kept_pack = lru_cache(maxsize=KEPT_PACKS)(_pack_of)
 
 
 def peak_tokens(plans: Sequence[Plan]) -> int:

@@ -105,9 +105,9 @@ class BlockPlan:
         return len(self.origin)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """A sweep, compiled for one shape.
+    """A sweep, compiled for one shape. Equal to itself alone, so that what is made of it can be kept.
 
     Attributes:
         shape: what it was compiled for.

@@ -24,8 +24,9 @@ CHUNK_BYTES = 128 << 20
 """Largest float32 logits tensor of one chunk of rows."""
 
 CPU_CHUNK = 128
-"""Rows of a chunk on a CPU, at most. The logits of 50,000 tokens are then small enough for memory that the process has
-already; larger ones are given back to the system and mapped anew for every chunk."""
+CPU_SLICE = 16
+"""Rows that a CPU takes through the head together, and rows whose softmax it then takes together, at most. Larger
+tensors of 50,000 tokens are given back to the system when they are freed, and mapped anew for every chunk."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,15 @@ def _tail(anatomy: Anatomy, states: Tensor, targets: Tensor, as_output: Callable
     with ExitStack() as stack:
         for block in anatomy.blocks:
             stack.enter_context(replaced_forward(block, lambda *_args, **_kwargs: output))
-        logits = precise(anatomy.model(input_ids=ids, use_cache=False).logits[:, -1])
-    of_target = logits.gather(1, targets.to(logits.device, non_blocking=True)[:, None])[:, 0]
-    return torch.exp(of_target - logits.logsumexp(-1))
+        logits = anatomy.model(input_ids=ids, use_cache=False).logits[:, -1]
+    targets = targets.to(logits.device, non_blocking=True)
+    rows = CPU_SLICE if logits.device.type == "cpu" else max(1, len(logits))
+    return torch.cat([_probabilities(*part) for part in zip(logits.split(rows), targets.split(rows), strict=True)])
+
+
+def _probabilities(logits: Tensor, targets: Tensor) -> Tensor:
+    logits = precise(logits)
+    return torch.exp(logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1))
 
 
 def scores_of_rows(rows: np.ndarray, cell_row: np.ndarray, base: np.ndarray, target: int) -> Scores:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from fasttrace import cpu_linears, ops
@@ -16,12 +17,14 @@ from fasttrace.cpu_linears import (
     TURNED_PROBE,
     Probe,
     fast_linears,
+    gelu_in_product,
     onednn_does_bfloat16,
     onednn_is_faster,
 )
 from fasttrace.datasets import read_facts
 from fasttrace.distributed import Ranks
 from fasttrace.engines import ENGINES, reference
+from fasttrace.hooks import output_hook
 from fasttrace.ops import fused
 from fasttrace.runs import run
 from tests.conftest import all_grids, make_job, tiny_model
@@ -40,8 +43,9 @@ def calls(monkeypatch):
     seen = []
     right = cpu_linears.onednn_linear
     monkeypatch.setattr(cpu_linears, "onednn_linear", lambda *args: seen.append(args[1].shape) or right(*args))
+    monkeypatch.setattr(cpu_linears, "_IS_GELU_OF_PRODUCT", {})
     monkeypatch.setattr(ops, "onednn_is_faster", lambda *_: True)
-    monkeypatch.setattr(ops, "ONEDNN_WIDTH", 1)
+    monkeypatch.setattr(ops, "CPU_WIDTH", 1)
     return seen
 
 
@@ -106,7 +110,7 @@ def test_products_are_the_modules_own_for_views_too(linear, dtype):
 def test_bfloat16_goes_to_onednn_where_it_computes_that(family, monkeypatch, supported):
     monkeypatch.setattr(ops, "onednn_does_bfloat16", lambda: supported)
     monkeypatch.setattr(ops, "onednn_is_faster", lambda *_: pytest.fail("measured"))
-    monkeypatch.setattr(ops, "ONEDNN_WIDTH", 1)
+    monkeypatch.setattr(ops, "CPU_WIDTH", 1)
     model = tiny_model(family).bfloat16()
     with fused(anatomy_of(model)):
         linears = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
@@ -153,7 +157,7 @@ def test_blocks_and_head_are_decided_on_by_themselves(family, calls, monkeypatch
 @needs_onednn
 def test_gpt2s_turned_weights_are_decided_on_by_themselves(monkeypatch):
     monkeypatch.setattr(ops, "onednn_is_faster", lambda _, probe: probe == TURNED_PROBE)
-    monkeypatch.setattr(ops, "ONEDNN_WIDTH", 1)
+    monkeypatch.setattr(ops, "CPU_WIDTH", 1)
     model = tiny_model("gpt2")
     with fused(anatomy_of(model)):
         assert "forward" not in vars(model.get_output_embeddings())
@@ -177,7 +181,7 @@ def test_a_product_is_measured_once_and_processes_settle_on_what_all_found(monke
 @needs_onednn
 def test_a_run_settles_before_it_computes(tmp_path, monkeypatch):
     monkeypatch.setattr(cpu_linears, "_measured", lambda *_: True)
-    monkeypatch.setattr(ops, "ONEDNN_WIDTH", 1)
+    monkeypatch.setattr(ops, "CPU_WIDTH", 1)
 
     class Other(Ranks):
         """Another process found MKL faster."""
@@ -188,6 +192,88 @@ def test_a_run_settles_before_it_computes(tmp_path, monkeypatch):
 
     run(tracer_with_text(), read_facts(facts_of(3)), tmp_path / "store", ranks=Other(), **OPTIONS)
     assert set(cpu_linears.choices().values()) == {False}
+
+
+class Perceptron(nn.Module):
+    """An MLP whose forward is given."""
+
+    def __init__(self, forward, gelu=NewGELUActivation, linear=nn.Linear):
+        super().__init__()
+        self.up, self.down = (linear(*sizes) for sizes in ((16, 64), (64, 16)))
+        self.act, self.computed = gelu(), forward
+
+    def forward(self, hidden):
+        return self.computed(self, hidden)
+
+
+def usual(mlp, hidden):
+    return mlp.down(mlp.act(mlp.up(hidden)))
+
+
+def conv1d(inputs, outputs):
+    return Conv1D(outputs, inputs)
+
+
+def joined_and_apart(mlp, hidden):
+    """(whether the GELU is in the product, with it, without it)."""
+    with torch.no_grad():
+        apart = mlp(hidden)
+        with gelu_in_product(mlp, mlp.down, set(mlp.modules())):
+            return "forward" in vars(mlp.act), mlp(hidden), apart
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("linear", [nn.Linear, conv1d])
+@pytest.mark.parametrize("gelu", cpu_linears.GELUS)
+def test_a_gelu_in_the_product_before_it_is_that_gelu(gelu, linear, dtype):
+    if dtype == torch.bfloat16 and not onednn_does_bfloat16():
+        pytest.skip("oneDNN computes no bfloat16 on this CPU")
+    mlp = Perceptron(usual, gelu, linear).to(dtype)
+    nn.init.normal_(mlp.up.weight)
+    is_joined, found, expected = joined_and_apart(mlp, torch.randn(1, 9, 16).to(dtype))
+    assert is_joined
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    assert not any("forward" in vars(module) for module in mlp.modules())
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda mlp, hidden: mlp.down(mlp.up(mlp.act(hidden))),
+        lambda mlp, hidden: mlp.down(mlp.act(mlp.up(hidden)) + mlp.up(hidden)),
+        lambda mlp, hidden: mlp.down(mlp.act(1.01 * mlp.up(hidden))),
+    ],
+    ids=["before the product", "beside it", "scaled"],
+)
+def test_an_mlp_of_another_kind_is_left_alone(forward, monkeypatch):
+    monkeypatch.setattr(cpu_linears, "_IS_GELU_OF_PRODUCT", {})
+    is_joined, found, expected = joined_and_apart(Perceptron(forward), torch.randn(1, 9, 16))
+    assert not is_joined
+    assert torch.equal(found, expected)
+
+
+@needs_onednn
+def test_hooks_of_others_see_the_gelus_input_as_ever(monkeypatch):
+    monkeypatch.setattr(cpu_linears, "_IS_GELU_OF_PRODUCT", {})
+    mlp, seen = Perceptron(usual), []
+    hidden = torch.randn(1, 9, 16)
+    with output_hook(mlp.up, lambda output: seen.append(output)):
+        is_joined, _, _ = joined_and_apart(mlp, hidden)
+    assert not is_joined
+    torch.testing.assert_close(seen[-1], mlp.up(hidden))
+
+
+@needs_onednn
+def test_gpt2s_gelu_is_computed_in_the_product(calls):
+    model = tiny_model("gpt2")
+    with fused(anatomy_of(model)):
+        mlp = anatomy_of(model).parts.mlp[0]
+        values = torch.linspace(-3, 3, 7)
+        assert torch.equal(mlp.act(values), values)
+        assert "forward" in vars(mlp.c_fc)
 
 
 def test_narrow_models_are_not_measured(family, monkeypatch):

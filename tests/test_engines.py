@@ -1,5 +1,7 @@
 """Every engine gives the reference's numbers, on every family, for every sweep."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fasttrace import readout
 from fasttrace.cells import SITES, STREAMS, Edit
 from fasttrace.engines import ENGINES, cost_of_job
-from fasttrace.engines.job import base_ids, pack_of_jobs
+from fasttrace.engines.job import pack_of_jobs
 from fasttrace.errors import EngineError, NumericsError
 from fasttrace.hooks import output_hook
 from tests.conftest import FAMILIES, N_LAYERS, all_grids, make_job, tiny_anatomy, tiny_model
@@ -129,10 +132,9 @@ def test_a_wrong_index_table_is_noticed(family, engine, monkeypatch):
 
     def shifted(*arguments):
         tables = right(*arguments)
-        for block in tables.blocks:
-            if block.attention is not None:
-                object.__setattr__(block, "attention", (block.attention[0], block.attention[1] - 1))
-        return tables
+        edits = [block.attention and (block.attention[0], block.attention[1] - 1) for block in tables.blocks]
+        blocks = [replace(block, attention=each) for block, each in zip(tables.blocks, edits, strict=True)]
+        return replace(tables, blocks=blocks)
 
     job = make_job(7, (1, 4), 2, all_grids(("attention_output",), 3, 7))
     expected = run("reference", family, job)
@@ -256,6 +258,15 @@ def test_an_attention_of_the_users_own_is_set_back_afterwards(family):
     assert model.config._attn_implementation == "users_own"
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 10**6])
+def test_chunks_and_slices_of_the_readout_give_the_same_numbers(family, monkeypatch, chunk):
+    job = make_job(7, (1, 4), 2, all_grids(STREAMS, 3, 7))
+    whole = run("wavefront", family, job)
+    monkeypatch.setattr(readout, "CPU_CHUNK", chunk)
+    monkeypatch.setattr(readout, "CPU_SLICE", min(chunk, 3))
+    assert relative_error(run("wavefront", family, job), whole) < 1e-5
+
+
 def test_restoring_works_on_outputs_that_are_not_contiguous():
     from fasttrace.engines.tables import restore
 
@@ -274,7 +285,8 @@ def test_all_tables_of_a_plan_reach_the_device_in_one_copy(monkeypatch):
     copies = []
     right = torch.from_numpy
     monkeypatch.setattr(tables.torch, "from_numpy", lambda array: copies.append(len(array)) or right(array))
-    found = tables.tables_of(pack, base_ids([job]), torch.device("cpu"))
+    found = tables.tables_of(pack, torch.device("cpu"))
+    assert tables.tables_of(pack, torch.device("cpu")) is found
     assert len(copies) == 1
     for block, moved in zip(pack.blocks, found.blocks, strict=True):
         np.testing.assert_array_equal(moved.origin, block.origin)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from fasttrace_kernels import suffix_attention_cpu
 
 from fasttrace import ops
 from fasttrace.adapters import anatomy_of
@@ -20,7 +21,7 @@ FAMILIES += ("cohere2", "deepseek_v3", "phi3", "olmo3", "mixtral", "stablelm", "
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """The kernel's torch path on a CPU; counts its calls."""
+    """The torch path of one call a block, on a CPU and for narrow models too; counts its calls."""
     calls = []
     right = KernelState.attend
 
@@ -29,8 +30,9 @@ def kernel(monkeypatch):
         calls.append(attended is not None)
         return attended
 
-    monkeypatch.setattr(ops, "KERNEL_DEVICES", ("cuda", "cpu"))
-    monkeypatch.setattr(ops, "find_spec", lambda _: "as if triton were there")
+    monkeypatch.setattr(ops, "CPU_WIDTH", 1)
+    monkeypatch.setattr(ops, "find_spec", lambda _: "as if all were there")
+    monkeypatch.setattr(suffix_attention_cpu, "is_installed", lambda: False)
     monkeypatch.setattr(KernelState, "attend", counted)
     return calls
 
@@ -50,6 +52,41 @@ def test_the_kernel_gives_the_grids_of_plain_forward_passes(name, kernel):
         scores = ENGINES["wavefront"](anatomy, job, lambda: None)
     assert kernel == [True] * anatomy.n_layers, "every block attends in one call"
     assert np.abs(scores.cells - expected.cells).max() < 1e-5 * np.ptp(expected.cells)
+
+
+@pytest.fixture
+def compiled(kernel, monkeypatch):
+    """The same, compiled by numba; what it computes is counted."""
+    pytest.importorskip("numba")
+    calls, right = [], suffix_attention_cpu.attend
+    monkeypatch.setattr(suffix_attention_cpu, "is_installed", lambda: True)
+    monkeypatch.setattr(suffix_attention_cpu, "attend", lambda q, *rest: calls.append(q.dtype) or right(q, *rest))
+    return calls
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mistral", "gpt_oss", "gemma2"])
+def test_the_compiled_loop_gives_the_grids_of_plain_forward_passes(name, compiled):
+    anatomy = anatomy_of(zoo.tiny_model(name))
+    job = job_of(anatomy)
+    expected = reference.run(anatomy, job, lambda: None, rows=1000)
+    with fused(anatomy):
+        scores = ENGINES["wavefront"](anatomy, job, lambda: None)
+    assert compiled == [torch.float32] * anatomy.n_layers
+    assert np.abs(scores.cells - expected.cells).max() < 1e-5 * np.ptp(expected.cells)
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "package", "calls"),
+    [(1, None, "numba", True), (64, None, "numba", False), (1, torch.float64, "numba", False), (1, None, "", False)],
+    ids=["taken", "a narrow model", "float64", "numba is not there"],
+)
+def test_where_a_cpu_attends_in_one_call(width, dtype, package, calls, kernel, monkeypatch):
+    monkeypatch.setattr(ops, "CPU_WIDTH", width)
+    monkeypatch.setattr(ops, "find_spec", lambda name: name == package or None)
+    anatomy = anatomy_of(zoo.tiny_model("gpt2").to(dtype or torch.float32))
+    with fused(anatomy):
+        ENGINES["wavefront"](anatomy, job_of(anatomy), lambda: None)
+    assert kernel == [True] * (anatomy.n_layers if calls else 0)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mistral", "gpt_oss", "gemma3_text"])

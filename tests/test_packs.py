@@ -6,10 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fasttrace import packs
 from fasttrace.adapters import anatomy_of
 from fasttrace.cells import STREAMS, grid_cells
 from fasttrace.engines import reference, wavefront
 from fasttrace.engines.job import Job, base_ids, pack_of_jobs
+from fasttrace.engines.tables import tables_of
 from fasttrace.packs import pack_of, peak_tokens
 from fasttrace.plan import plan_cells
 from tests.conftest import N_LAYERS, all_grids, make_job, tiny_anatomy
@@ -139,6 +141,19 @@ def test_a_single_plan_keeps_its_tables():
     job = job_of_shape(7, (1, 4), 2)
     plan = job.plan(N_LAYERS, wavefront.LAYOUT)
     assert pack_of_jobs([job], N_LAYERS, wavefront.LAYOUT).blocks is plan.blocks
+
+
+def test_small_packs_are_kept_with_their_tables_and_large_ones_are_not(monkeypatch):
+    jobs = [job_of_shape(length, (1, 4), 2) for length in (7, 9)]
+    cpu = torch.device("cpu")
+    first, again = (pack_of_jobs(jobs, N_LAYERS, wavefront.LAYOUT) for _ in range(2))
+    assert first is again
+    assert tables_of(first, cpu) is tables_of(again, cpu)
+    assert pack_of_jobs(jobs[::-1], N_LAYERS, wavefront.LAYOUT) is not first
+    monkeypatch.setattr(packs, "LARGEST_KEPT", 1)
+    large = [pack_of_jobs(jobs, N_LAYERS, wavefront.LAYOUT) for _ in range(2)]
+    assert large[0] is not large[1]
+    assert tables_of(large[0], cpu) is not tables_of(large[0], cpu)
 
 
 def test_equal_shapes_of_several_prompts_are_one_rectangle():

@@ -28,7 +28,7 @@ def run(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
         NumericsError: a block produced inf or NaN.
     """
     pack = pack_of_jobs([job], anatomy.n_layers, LAYOUT)
-    given = tables_of(pack, base_ids([job]), anatomy.device)
+    given = tables_of(pack, anatomy.device)
     last_block = LastBlock(anatomy, pack, given)
     with ExitStack() as stack:
         stack.enter_context(evaluating(anatomy.model))
@@ -37,7 +37,7 @@ def run(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
             _Step(anatomy, number, tables, pack.n_base, pack.width).hook(stack)
             stack.enter_context(output_hook(anatomy.blocks[number], last_block.watcher(tick)))
         stack.enter_context(raw_output_hook(anatomy.blocks[-1], last_block.split))
-        logits = base_logits(anatomy, given.ids)
+        logits = base_logits(anatomy, base_ids([job]).to(anatomy.device))
     return last_block.scores(logits, [job.target])[0]
 
 

@@ -14,7 +14,7 @@ from fasttrace.adapters.inputs import Path
 from fasttrace.attention import GroupOnDevice
 from fasttrace.engines.job import Tick
 from fasttrace.hooks import first_of, hidden_argument, with_first, with_hidden_argument
-from fasttrace.packs import Pack
+from fasttrace.packs import Pack, kept
 from fasttrace.plan import BlockPlan, Group
 from fasttrace.readout import Scores, check_finite, distributions, row_probabilities, scores_of_rows
 
@@ -46,31 +46,30 @@ class BlockTables:
 
 @dataclass(frozen=True)
 class PassTables:
-    """All integers that a pass needs, on its device.
+    """All integers that a pass needs beside the prompts' tokens, on its device.
 
     Attributes:
         blocks: one set a block.
-        ids: [base row, width] tokens of the base rows.
         last_tokens, handed_on: as in `packs.Pack`.
     """
 
     blocks: list[BlockTables]
-    ids: Tensor
     last_tokens: Tensor
     handed_on: Tensor
 
 
-def tables_of(pack: Pack, ids: Tensor, device: torch.device) -> PassTables:
-    """All tables of a pack, and the tokens of its base rows, in one copy to a device, before the pass."""
+@kept
+def tables_of(pack: Pack, device: torch.device) -> PassTables:
+    """All tables of a pack in one copy to a device, before the pass; those of the last few packs are there already."""
     columns = [_columns(block, pack.width) for block in pack.blocks]
     bases = [[group.base for group in block.groups] for block in pack.blocks]
-    ends = [ids.numpy().reshape(-1), pack.last_tokens, pack.handed_on]
-    wanted = [*(table for block in columns for table in block if table is not None), *chain(*bases), *ends]
+    wanted = [table for block in columns for table in block if table is not None]
+    wanted += [*chain(*bases), pack.last_tokens, pack.handed_on]
     given = iter(on_device(wanted, device))
     tables = [[None if table is None else next(given) for table in block] for block in columns]
     groups = [tuple(_group(group, next(given)) for group in block.groups) for block in pack.blocks]
     blocks = [_block_tables(*block, groups=each) for block, each in zip(tables, groups, strict=True)]
-    return PassTables(blocks, next(given).view(ids.shape), *given)
+    return PassTables(blocks, *given)
 
 
 def _group(group: Group, base: Tensor) -> GroupOnDevice:

@@ -25,6 +25,7 @@ from fasttrace.engines.tables import (
     grown,
     picked,
     restore,
+    sent,
     tables_of,
 )
 from fasttrace.errors import EngineError
@@ -78,12 +79,14 @@ class Ready:
     Attributes:
         jobs: one a prompt, their noise on the device.
         pack: theirs.
+        ids: [base row, width] their tokens.
         tables: theirs.
         kernel: what makes attention one launch a block; None: group by group.
     """
 
     jobs: Sequence[Job]
     pack: Pack
+    ids: Tensor
     tables: PassTables
     kernel: "KernelState | None"
 
@@ -98,8 +101,8 @@ def make_ready(anatomy: Anatomy, jobs: Sequence[Job], fuse: bool | None = None, 
         layout: what rows hold.
     """
     pack = pack_of_jobs(jobs, anatomy.n_layers, layout)
-    tables = tables_of(pack, base_ids(jobs), anatomy.device)
-    return Ready([job.on(anatomy.device) for job in jobs], pack, tables, attention_kernel(anatomy, pack, fuse))
+    ids, tables = sent(base_ids(jobs), anatomy.device), tables_of(pack, anatomy.device)
+    return Ready([job.on(anatomy.device) for job in jobs], pack, ids, tables, attention_kernel(anatomy, pack, fuse))
 
 
 def _run(anatomy: Anatomy, ready: Ready, tick: Tick, attention: Attention) -> list[Scores]:
@@ -114,7 +117,7 @@ def _run(anatomy: Anatomy, ready: Ready, tick: Tick, attention: Attention) -> li
             _Step(anatomy, number, tables, state).hook(stack, fork)
             stack.enter_context(output_hook(anatomy.blocks[number], last_block.watcher(tick)))
         stack.enter_context(raw_output_hook(anatomy.blocks[-1], last_block.split))
-        logits = base_logits(anatomy, given.ids)
+        logits = base_logits(anatomy, ready.ids)
     if state.calls != anatomy.n_layers:
         raise EngineError(f"{state.calls} of {anatomy.n_layers} blocks attended through the pack; use engine='rows'")
     return last_block.scores(logits, [job.target for job in jobs])

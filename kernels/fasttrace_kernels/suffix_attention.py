@@ -1,19 +1,23 @@
 """Causal attention of a pack of rows that begin anywhere in their prompts, in one launch.
 
 `AttentionLayout` says which keys a token sees; `reference.suffix_attention` is the specification. On a GPU this is the
-Triton kernel of `suffix_attention_kernel.py`, elsewhere the same tiles in a few torch calls.
+Triton kernel of `suffix_attention_kernel.py`, on a CPU the loop of `suffix_attention_cpu.py` where numba is installed,
+elsewhere the kernel's tiles in a few torch calls.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fasttrace_kernels import suffix_attention_cpu
 from fasttrace_kernels.layout import TILE_FIELDS, AttentionLayout
+
+Backend = Literal["auto", "triton", "numba", "torch"]
 
 CHUNK_BYTES = 32 << 20
 """Keys and values that the torch path gathers at a time."""
@@ -28,6 +32,9 @@ class Config:
     num_warps: int
     num_stages: int
 
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What is taken by all but torch, which takes float64 too."""
 
 LONG = 256
 """Tokens of a prompt from which on blocks are the larger ones."""
@@ -88,7 +95,7 @@ def suffix_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     out: Tensor | None = None,
-    backend: Literal["auto", "triton", "torch"] = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Attends from every token of a pack to the prompt before it, [token, head, d_value].
 
@@ -109,8 +116,8 @@ def suffix_attention(
         ValueError: tensors that do not fit each other, the layout or the backend.
         RuntimeError: "triton" where it cannot run.
     """
-    if backend not in ("auto", "triton", "torch"):
-        raise ValueError(f"backend {backend!r}: pass 'auto', 'triton' or 'torch'")
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend {backend!r}: pass 'auto', 'triton', 'numba' or 'torch'")
     _check(q, k, v, layout, window, softcap, sinks)
     factor = float(q.shape[2] ** -0.5 if scale is None else scale)
     shape = (*q.shape[:2], v.shape[2])
@@ -118,9 +125,18 @@ def suffix_attention(
         out = q.new_empty(shape)
     elif out.shape != shape or out.dtype != q.dtype or out.device != q.device or not _rows_are_dense(out):
         raise ValueError(f"out must be {list(shape)} {q.dtype} on {q.device} with last stride 1, not {_described(out)}")
-    triton = backend == "triton" or (backend == "auto" and q.is_cuda)
-    (_launch if triton else _in_tiles)(q, k, v, layout, factor, window, softcap, sinks, out)
+    chosen = _fastest(q, k, v) if backend == "auto" else backend
+    compute = {"triton": _launch, "numba": _compiled, "torch": _in_tiles}[chosen]
+    compute(q, k, v, layout, factor, window, softcap, sinks, out)
     return out
+
+
+def _fastest(q: Tensor, k: Tensor, v: Tensor) -> str:
+    if q.is_cuda:
+        return "triton"
+    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    is_taken = q.device.type == "cpu" and q.dtype in KERNEL_DTYPES and not wants_gradient
+    return "numba" if is_taken and suffix_attention_cpu.is_installed() else "torch"
 
 
 def _check(
@@ -153,6 +169,16 @@ def _check(
         raise ValueError(f"sinks must be a contiguous [{q.shape[1]}] on {q.device}, not {_described(sinks)}")
 
 
+def _compiled(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> None:
+    if q.device.type != "cpu" or q.dtype not in KERNEL_DTYPES:
+        raise ValueError(f"the loop for a CPU takes {_names(KERNEL_DTYPES)} there, not {_described(q)}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError("the loop for a CPU has no backward; call it under torch.no_grad() or pass backend='torch'")
+    if not suffix_attention_cpu.is_installed():
+        raise RuntimeError("numba is not installed here; install it or pass backend='torch'")
+    suffix_attention_cpu.attend(q, k, v, *arguments)
+
+
 def _launch(
     q: Tensor,
     k: Tensor,
@@ -164,8 +190,8 @@ def _launch(
     sinks: Tensor | None,
     out: Tensor,
 ) -> None:
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"the Triton kernel takes float32, float16 and bfloat16, not {q.dtype}; pass backend='torch'")
+    if q.dtype not in KERNEL_DTYPES:
+        raise ValueError(f"the Triton kernel takes {_names(KERNEL_DTYPES)}, not {q.dtype}; pass backend='torch'")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError("the Triton kernel has no backward; call it under torch.no_grad() or pass backend='torch'")
     arguments, grid = launch_arguments(q, k, v, layout, scale, window, softcap, sinks, out)
@@ -260,6 +286,10 @@ def _padded(d_head: int) -> int:
 
 def _rows_are_dense(x: Tensor) -> bool:
     return x.stride(-1) == 1 or x.shape[-1] == 1
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype)[6:] for dtype in dtypes)
 
 
 def _described(x: Tensor) -> str:

@@ -1,11 +1,13 @@
-"""Attention of a pack in torch equals the row-by-row reference, and says what it cannot compute; no Triton needed."""
+"""Attention of a pack on a CPU equals the row-by-row reference, in torch and compiled by numba; no Triton needed."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 from fasttrace_kernels import suffix_attention as module
+from fasttrace_kernels import suffix_attention_cpu
 from fasttrace_kernels.layout import AttentionLayout
 from fasttrace_kernels.suffix_attention import suffix_attention, tile_tokens
 from fasttrace_kernels.varlen import VarlenLayout, gathered, varlen_attention
@@ -43,45 +45,116 @@ def case(n_positions, heads, dtype=torch.float32, block=32, n_base=3, n_rows=20,
     return *random_tensors(layout.n_tokens, heads, dtype), layout
 
 
+@pytest.fixture(params=["torch", "numba"])
+def backend(request):
+    """Every way of a CPU in turn."""
+    if request.param == "numba":
+        pytest.importorskip("numba")
+    return request.param
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("n_positions", [1, 5, 12, 40])
-def test_tiles_in_torch_equal_the_reference_up_to_rounding(n_positions, heads, dtype, options):
+def test_both_ways_equal_the_reference_up_to_rounding(n_positions, heads, dtype, options, backend):
     q, k, v, layout = case(n_positions, heads, dtype)
     options = options_of(options, heads)
     out = poisoned(q, v)
-    assert suffix_attention(q, k, v, layout, out=out, **options) is out
+    assert suffix_attention(q, k, v, layout, out=out, backend=backend, **options) is out
     assert_attends(out, q, k, v, layout, **options)
+
+
+def test_the_number_of_threads_changes_no_bit():
+    numba = pytest.importorskip("numba")
+    q, k, v, layout = case(12, HEADS[0], n_rows=60)
+    before, inside = torch.get_num_threads(), numba.get_num_threads()
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(suffix_attention(q, k, v, layout, backend="numba"))
+    torch.set_num_threads(before)
+    assert torch.equal(*found)
+    assert numba.get_num_threads() == inside
+
+
+def test_torch_keeps_its_number_of_threads():
+    """In a process of its own: numba starts its threads once."""
+    pytest.importorskip("numba")
+    code = (
+        "import torch; torch.set_num_threads(1)\n"
+        "from tests.kernels.test_fallback import HEADS, case, suffix_attention\n"
+        "suffix_attention(*case(12, HEADS[0]), backend='numba')\n"
+        "assert torch.get_num_threads() == 1, torch.get_num_threads()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": ":".join(sys.path)})
+
+
+def test_nan_and_inf_stay_in_their_rows():
+    pytest.importorskip("numba")
+    q, k, v, layout = case(9, HEADS[0])
+    start, length, _, _ = layout.rows[:, -1]
+    v[start + length - 1] = torch.inf
+    k[start + length - 1] = torch.nan
+    out = suffix_attention(q, k, v, layout, backend="numba")
+    assert out[start + length - 1].isnan().all()
+    assert out[: start + length - 1].isfinite().all()
+
+
+def test_numba_is_taken_where_it_is_installed_and_can_compute(monkeypatch):
+    pytest.importorskip("numba")
+    calls, right = [], suffix_attention_cpu.attend
+    monkeypatch.setattr(suffix_attention_cpu, "attend", lambda q, *rest: calls.append(q.dtype) or right(q, *rest))
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        suffix_attention(*case(5, HEADS[0], dtype))
+    assert calls == [torch.float32, torch.bfloat16]
+    monkeypatch.setattr(suffix_attention_cpu, "is_installed", lambda: False)
+    suffix_attention(*case(5, HEADS[0]))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("tensor", "installed", "error", "message"),
+    [
+        (torch.zeros(1, 1, 16, dtype=torch.float64), True, ValueError, "takes float32, float16, bfloat16"),
+        (torch.zeros(1, 1, 16, requires_grad=True), True, ValueError, "no backward"),
+        (torch.zeros(1, 1, 16), False, RuntimeError, "numba is not installed here"),
+    ],
+)
+def test_what_numba_cannot_compute_it_refuses(tensor, installed, error, message, monkeypatch):
+    monkeypatch.setattr(suffix_attention_cpu, "is_installed", lambda: installed)
+    layout = AttentionLayout.build([0], [1], [0], [0])
+    with pytest.raises(error, match=message):
+        suffix_attention(tensor, tensor, tensor, layout, backend="numba")
 
 
 @pytest.mark.parametrize("order", ["base", "first", "random"])
 @pytest.mark.parametrize("block", [1, 7, 64])
 @pytest.mark.parametrize("options", ["plain", "all"])
-def test_any_order_of_rows_and_any_tile_give_the_same_numbers(order, block, options):
+def test_any_order_of_rows_and_any_tile_give_the_same_numbers(order, block, options, backend):
     q, k, v, layout = case(9, HEADS[0], block=block, order=order)
     options = options_of(options, HEADS[0])
-    assert_attends(suffix_attention(q, k, v, layout, **options), q, k, v, layout, **options)
+    assert_attends(suffix_attention(q, k, v, layout, backend=backend, **options), q, k, v, layout, **options)
 
 
 @pytest.mark.parametrize("rows", [(1, 0), (2, 0), (1, 1)], ids=["one row", "base rows only", "one suffix"])
-def test_small_packs_equal_the_reference(rows):
+def test_small_packs_equal_the_reference(rows, backend):
     q, k, v, layout = case(5, HEADS[1], n_base=rows[0], n_rows=rows[1])
-    assert_attends(suffix_attention(q, k, v, layout), q, k, v, layout)
+    assert_attends(suffix_attention(q, k, v, layout, backend=backend), q, k, v, layout)
 
 
-def test_a_pack_without_tokens_gives_an_output_without_tokens():
+def test_a_pack_without_tokens_gives_an_output_without_tokens(backend):
     layout = AttentionLayout.build([], [], [], [])
     q = torch.zeros(0, 4, 16)
-    assert suffix_attention(q, q, q, layout).shape == (0, 4, 16)
+    assert suffix_attention(q, q, q, layout, backend=backend).shape == (0, 4, 16)
 
 
 def test_little_memory_only_means_more_steps(monkeypatch):
     q, k, v, layout = case(12, HEADS[0], block=8)
-    whole = suffix_attention(q, k, v, layout)
+    whole = suffix_attention(q, k, v, layout, backend="torch")
     monkeypatch.setattr(module, "CHUNK_BYTES", 1)
     assert len(list(module._chunks(layout.key_counts, 1024))) == layout.n_tiles
-    torch.testing.assert_close(suffix_attention(q, k, v, layout), whole)
+    torch.testing.assert_close(suffix_attention(q, k, v, layout, backend="torch"), whole)
 
 
 def test_float64_keeps_its_digits():
@@ -175,8 +248,11 @@ def test_tiles_of_the_advised_size_fill_one_program(group, dtype):
         assert tokens * module._fold(group) <= block_m < (tokens + 1) * module._fold(group) or tokens == 1
 
 
-def test_importing_the_kernels_does_not_import_triton():
-    code = "import sys, fasttrace_kernels.suffix_attention, fasttrace_kernels.varlen; sys.exit('triton' in sys.modules)"
+def test_importing_the_kernels_imports_no_compiler():
+    code = (
+        "import sys, fasttrace_kernels.suffix_attention, fasttrace_kernels.varlen;"
+        "sys.exit('triton' in sys.modules or 'numba' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
 
 
