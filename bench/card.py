@@ -16,7 +16,7 @@ import fasttrace
 
 # Instruction sets that decide how fast a matmul can be.
 ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
-PACKAGES = ("torch", "transformers", "triton", "accelerate", "numpy", "pyvene", "transformer-lens", "nnsight")
+PACKAGES = ("torch", "transformers", "triton", "numba", "accelerate", "numpy", "pyvene", "transformer-lens", "nnsight")
 
 
 def card(device: str = "cpu") -> dict[str, Any]:

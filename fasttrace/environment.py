@@ -10,7 +10,7 @@ from fasttrace import __version__, demo
 if TYPE_CHECKING:
     from fasttrace.api import Tracer
 
-PACKAGES = ("torch", "transformers", "accelerate", "numpy", "pandas", "pyarrow", "plotnine", "triton")
+PACKAGES = ("torch", "transformers", "accelerate", "numpy", "pandas", "pyarrow", "plotnine", "numba", "triton")
 
 
 def rows() -> list[tuple[str, str]]:
@@ -49,8 +49,11 @@ def model_rows(tracer: "Tracer") -> list[tuple[str, str]]:
     Raises:
         EngineError: no engine is right for the model.
     """
+    from fasttrace.ops import kernel_compiler
+
     choice = tracer.choose_engine()
     error = choice.self_check_error
+    compiler = kernel_compiler(tracer.anatomy) if tracer.fuse and choice.name == "wavefront" else None
     checked = "not run" if error is None else f"log-probabilities differ by at most {error:.1e} from plain passes"
     return [
         ("model", f"{tracer.name} ({type(tracer.model).__name__}), {tracer.dtype} on {tracer.device}"),
@@ -58,6 +61,7 @@ def model_rows(tracer: "Tracer") -> list[tuple[str, str]]:
         ("streams", ", ".join(tracer.streams)),
         ("engine", f"{choice.name}: {choice.reason}"),
         ("self-check", checked),
+        ("attention", "the model's own code" if compiler is None else f"one call a block, compiled by {compiler}"),
     ]
 
 

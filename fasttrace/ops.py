@@ -69,15 +69,20 @@ def attention_kernel(anatomy: Anatomy, pack: Pack, fuse: bool | None = None) -> 
         pack: what attends.
         fuse: whether operations will be fused; None: as it is now.
     """
-    fuse = _FUSING.get() if fuse is None else fuse
-    device = anatomy.device.type
-    if not fuse or device not in KERNEL_NEEDS or find_spec(KERNEL_NEEDS[device]) is None:
-        return None
-    if device == "cpu" and (anatomy.d_model < CPU_WIDTH or anatomy.dtype not in CPU_KERNEL_DTYPES):
+    if not (_FUSING.get() if fuse is None else fuse) or kernel_compiler(anatomy) is None:
         return None
     from fasttrace.kernel_attention import KernelState
 
     return KernelState.of(anatomy, pack)
+
+
+def kernel_compiler(anatomy: Anatomy) -> str | None:
+    """The package that compiles attention for this model, if it is there and worth it."""
+    device = anatomy.device.type
+    if device == "cpu" and (anatomy.d_model < CPU_WIDTH or anatomy.dtype not in CPU_KERNEL_DTYPES):
+        return None
+    package = KERNEL_NEEDS.get(device)
+    return package if package is not None and find_spec(package) is not None else None
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from fasttrace.cost import Cost
 from fasttrace.engines.job import Job
 from fasttrace.engines.select import EngineChoice
 from fasttrace.errors import NumericsError
+from fasttrace.ops import KERNEL_NEEDS
 from fasttrace.prompts import Prompt, token_text
 from fasttrace.readout import Scores
 from fasttrace.results import TraceResult
@@ -118,10 +121,14 @@ def versions() -> dict[str, str]:
     """Of what the numbers depend on."""
     from fasttrace import __version__
 
-    return {
+    found = {
         "fasttrace": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
+    for compiler in set(KERNEL_NEEDS.values()):
+        with suppress(PackageNotFoundError):
+            found[compiler] = version(compiler)
+    return found

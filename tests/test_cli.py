@@ -345,6 +345,7 @@ def test_info_shows_devices_cache_and_the_engine_a_model_gets(folder, tmp_path, 
     for words in (torch.__version__, "dtype auto: float32", str(tmp_path), "not there yet", "self-check"):
         assert words in done.stdout
     assert "wavefront" in done.stdout
+    assert "the model's own code" in done.stdout, "a narrow model is not worth a compiled attention"
 
 
 def test_verify_runs_its_whole_path_and_reports_the_mismatch_of_a_random_model(folder, tmp_path, without_figure):
