@@ -6,6 +6,7 @@ tuple or list whose first item is the hidden state; what is returned has the sam
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -77,8 +78,11 @@ def with_hidden_argument(args: tuple, kwargs: dict, hidden: Tensor | None) -> tu
 
 
 @contextmanager
-def replaced_method(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterator[None]:
-    """While open, a method of one module is another. Wrappers that others put there come back afterwards."""
+def replaced_method(module: nn.Module | ModuleType, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """While open, a method of one module is another. Wrappers that others put there come back afterwards.
+
+    Of a Python module, one of its functions is.
+    """
     own = name in vars(module)
     before = getattr(module, name)
     setattr(module, name, method)

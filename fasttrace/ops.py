@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 KERNEL_NEEDS = {"cuda": "triton", "cpu": "numba"}
 """Where attention is one call a block rather than one a group, and the package that compiles it there."""
 
+GLUE_DEVICES = ("cuda",)
+"""Where norms, gates and rotary embeddings may be kernels."""
+
 CPU_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 _FUSING: ContextVar[bool] = ContextVar("fasttrace_fusing", default=False)
@@ -92,12 +95,26 @@ def fused(anatomy: Anatomy, fuse: bool = True) -> Iterator[None]:
         token = _FUSING.set(fuse)
         stack.callback(_FUSING.reset, token)
         if fuse:
+            if _takes_kernel_glue(anatomy):
+                from fasttrace.kernel_glue import fused_glue
+
+                stack.enter_context(fused_glue(anatomy))
             if anatomy.device.type == "cpu" and not anatomy.is_offloaded:
                 _fuse_on_cpu(anatomy, stack)
             for module in anatomy.model.modules():
                 if isinstance(module, NewGELUActivation) and "forward" not in vars(module):
                     stack.enter_context(replaced_forward(module, gelu_tanh))
         yield
+
+
+def _takes_kernel_glue(anatomy: Anatomy) -> bool:
+    """Whether all that the model computes with lies dense on devices for which triton is there."""
+    return (
+        all(device.type in GLUE_DEVICES for device in anatomy.devices)
+        and not anatomy.is_offloaded
+        and getattr(anatomy.model, "quantization_method", None) is None
+        and find_spec("triton") is not None
+    )
 
 
 def _fuse_on_cpu(anatomy: Anatomy, stack: ExitStack) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fasttrace import cpu_linears
+from fasttrace import cpu_linears, kernel_choice
 from fasttrace.datasets import FactSet
 from fasttrace.distributed import CellSharded, Claims, Ranks, claims
 from fasttrace.engines.memory import Budget
@@ -103,6 +103,7 @@ def run(
         study.sweep.job(encoded[0].prompt)  # raises what would otherwise be raised when the folder has been made
     study = replace(study, budget=Budget(min(ranks.all(lambda: study.budget.tokens))))
     cpu_linears.settle(ranks.all(cpu_linears.choices))
+    kernel_choice.settle(ranks.all(kernel_choice.choices))
     store = _opened(ranks, Path(folder), fingerprint_of(tracer, study), facts)
     return _Run(ranks, study, store, facts, progress).run(encoded, refused)
 

@@ -1,0 +1,164 @@
+"""Whether a kernel computes in place of a model's own code: where it gives the same numbers and is clearly faster here.
+
+Which of the two is faster depends on the device and on the sizes, so it is measured, once a process for each kind of
+kernel and size; the processes of one run then settle on one choice, so that their numbers are the same. A kernel that
+fails while it is tried is left out.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("fasttrace")
+
+TOKENS = 4096
+"""Of the random input that kernels are measured on."""
+
+ROUNDS, REPEATS = 5, 10
+CLEARLY = 1.05
+"""A kernel is taken where it is that many times as fast."""
+
+
+class Case(NamedTuple):
+    """What a measurement holds for.
+
+    Attributes:
+        kind: of kernel.
+        sizes: that its time depends on.
+        dtype: of its inputs.
+        device: the name of the card, or the type of the device.
+    """
+
+    kind: str
+    sizes: tuple[Any, ...]
+    dtype: torch.dtype
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {'x'.join(map(str, self.sizes))} {str(self.dtype)[6:]}"
+
+
+Choices = Mapping[Case, bool]
+"""Whether the kernel is taken."""
+
+_CHOSEN: dict[Case, bool] = {}
+
+
+def case_of(kind: str, sizes: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Case:
+    """The case of a kernel on a device; cards of one name share it."""
+    return Case(kind, sizes, dtype, _name_of(device))
+
+
+@cache
+def _name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def random(*shape: int, like: Tensor, seed: int = 0) -> Tensor:
+    """Normal numbers, drawn on the host, with the dtype and on the device of a tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(like.device, like.dtype)
+
+
+def is_taken(
+    case: Case, kernel: Callable[..., Any], own: Callable[..., Any], inputs: Callable[[], Sequence[Tensor]]
+) -> bool:
+    """Whether the kernel gives what the model's own code gives, and clearly faster; found out once a process.
+
+    Args:
+        case: what is asked for.
+        kernel: computes with the kernel.
+        own: computes with the model's own code.
+        inputs: makes random arguments for both.
+    """
+    if case not in _CHOSEN:
+        gain = attempt(str(case), lambda: _gain(kernel, own, inputs()))
+        _CHOSEN[case] = gain is not None and gain > CLEARLY
+        if gain is not None:
+            verdict = "taken" if _CHOSEN[case] else "left out"
+            logger.info("kernel %s is %.2f times as fast as the model's own code: %s", case, gain, verdict)
+    return _CHOSEN[case]
+
+
+def choices() -> Choices:
+    """What this process has found so far."""
+    return dict(_CHOSEN)
+
+
+def settle(of_all: Iterable[Choices]) -> None:
+    """Takes from now on only kernels that no process has left out.
+
+    Args:
+        of_all: the choices of all processes that work on one run.
+    """
+    refused = {case for found in of_all for case, taken in found.items() if not taken}
+    _CHOSEN.update(dict.fromkeys(refused & _CHOSEN.keys(), False))
+
+
+def attempt(what: str, work: Callable[[], Any]) -> Any:
+    """What `work` gives without gradients; None, and a warning the first time, where it raises."""
+    try:
+        with torch.no_grad():
+            return work()
+    except Exception as error:  # kernels that do not compile raise anything
+        _warn(what, f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}")
+        return None
+
+
+@cache
+def _warn(what: str, reason: str) -> None:
+    logger.warning("kernel %s is left out: %s", what, reason)
+
+
+def agrees(found: Any, expected: Any) -> bool:
+    """Whether two results are the same up to their dtype's rounding."""
+    return error_of(found, expected) <= max(1e-6, 2 * torch.finfo(expected.dtype).eps)
+
+
+def error_of(found: Any, expected: Any) -> float:
+    """Norm of the difference over the norm of what is expected; infinite for other shapes, dtypes and for NaN."""
+    if not isinstance(expected, Tensor) or (found.shape, found.dtype) != (expected.shape, expected.dtype):
+        return torch.inf
+    difference = torch.linalg.vector_norm(found.float() - expected.float())
+    error = float(difference / torch.linalg.vector_norm(expected.float()))
+    return torch.inf if error != error else error
+
+
+def _gain(kernel: Callable[..., Any], own: Callable[..., Any], inputs: Sequence[Tensor]) -> float:
+    for found, expected in zip(_tensors(kernel(*inputs)), _tensors(own(*inputs)), strict=True):
+        if not agrees(found, expected):
+            raise ArithmeticError(f"its results are off by {error_of(found, expected):.1e}")
+    return speedup(kernel, own, inputs)
+
+
+def _tensors(result: Any) -> Sequence[Any]:
+    return [result] if isinstance(result, Tensor) else result
+
+
+def speedup(kernel: Callable[..., Any], own: Callable[..., Any], inputs: Sequence[Tensor]) -> float:
+    """How many times as fast the kernel is, once compiled."""
+    times = [[_seconds(run, inputs) for run in (own, kernel)] for _ in range(ROUNDS)]
+    of_own, of_kernel = map(min, zip(*times, strict=True))
+    return of_own / of_kernel
+
+
+def _seconds(run: Callable[..., Any], inputs: Sequence[Tensor]) -> float:
+    """Of some calls after one another, as in a pass: the launches count where the device waits for them."""
+    if inputs[0].device.type != "cuda":
+        begin = time.perf_counter()
+        run(*inputs)
+        return time.perf_counter() - begin
+    with torch.cuda.device(inputs[0].device):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        run(*inputs)
+        begin.record()
+        for _ in range(REPEATS):
+            run(*inputs)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
