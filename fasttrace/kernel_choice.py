@@ -65,19 +65,15 @@ def random(*shape: int, like: Tensor, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=generator).to(like.device, like.dtype)
 
 
-def is_taken(
-    case: Case, kernel: Callable[..., Any], own: Callable[..., Any], inputs: Callable[[], Sequence[Tensor]]
-) -> bool:
-    """Whether the kernel gives what the model's own code gives, and clearly faster; found out once a process.
+def is_taken(case: Case, measure: Callable[[], float]) -> bool:
+    """Whether the kernel is taken for a case, which is found out once a process.
 
     Args:
         case: what is asked for.
-        kernel: computes with the kernel.
-        own: computes with the model's own code.
-        inputs: makes random arguments for both.
+        measure: how many times as fast as the model's own code it is; see `gain_of`.
     """
     if case not in _CHOSEN:
-        gain = attempt(str(case), lambda: _gain(kernel, own, inputs()))
+        gain = attempt(str(case), measure)
         _CHOSEN[case] = gain is not None and gain > CLEARLY
         if gain is not None:
             verdict = "taken" if _CHOSEN[case] else "left out"
@@ -129,7 +125,17 @@ def error_of(found: Any, expected: Any) -> float:
     return torch.inf if error != error else error
 
 
-def _gain(kernel: Callable[..., Any], own: Callable[..., Any], inputs: Sequence[Tensor]) -> float:
+def gain_of(kernel: Callable[..., Any], own: Callable[..., Any], *inputs: Tensor) -> float:
+    """How many times as fast as the model's own code a kernel is that gives the same.
+
+    Args:
+        kernel: computes with the kernel.
+        own: computes with the model's own code.
+        inputs: of both.
+
+    Raises:
+        ArithmeticError: their results differ by more than rounding.
+    """
     for found, expected in zip(_tensors(kernel(*inputs)), _tensors(own(*inputs)), strict=True):
         if not agrees(found, expected):
             raise ArithmeticError(f"its results are off by {error_of(found, expected):.1e}")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fasttrace.adapters import Anatomy
 from fasttrace.adapters.sizes import width_of
 from fasttrace.hooks import evaluating, replaced_forward
-from fasttrace.kernel_choice import TOKENS, agrees, attempt, case_of, error_of, is_taken, random
+from fasttrace.kernel_choice import TOKENS, agrees, attempt, case_of, error_of, gain_of, is_taken, random
 from fasttrace.kernel_rotary import rotary_by_kernel
 
 EPS = ("variance_epsilon", "eps")
@@ -56,9 +56,8 @@ def fused_glue(anatomy: Anatomy) -> Iterator[None]:
     Args:
         anatomy: a model on devices that the kernels run on.
     """
-    with evaluating(anatomy.model):
-        norms = {norm: _norm_forward(norm, anatomy.d_model) for norm in filter(_is_norm, anatomy.model.modules())}
-        mlps = {mlp: _mlp_forward(mlp) for mlp in filter(_is_gated, filter(None, anatomy.parts.mlp))}
+    norms = {norm: _norm_forward(norm, anatomy.d_model) for norm in filter(_is_norm, anatomy.model.modules())}
+    mlps = {mlp: _mlp_forward(mlp) for mlp in filter(_is_gated, filter(None, anatomy.parts.mlp))}
     with ExitStack() as stack:
         for module, forward in (norms | mlps).items():
             if forward is not None:
@@ -67,12 +66,12 @@ def fused_glue(anatomy: Anatomy) -> Iterator[None]:
         yield
 
 
-def _found(module: nn.Module, find: Callable[[Any], Any]) -> Any:
-    """What `find` says of a module, asked again when the module has changed; None where it raises."""
-    weights = ((weight.shape, weight.dtype, weight.device) for weight in module.parameters())
-    now = (type(module).forward, *map(type, module.modules()), *weights)
+def _found(module: nn.Module, find: Callable[[Any], Any], weight: Tensor) -> Any:
+    """What `find` says of a module with such a weight, asked once unless the module changes; None where it raises."""
+    now = (type(module).forward, weight.shape, weight.dtype, weight.device, *map(type, module._modules.values()))
     if module not in _FOUND or _FOUND[module][0] != now:
-        _FOUND[module] = now, attempt(f"for {type(module).__name__}", lambda: find(module))
+        with evaluating(module):
+            _FOUND[module] = now, attempt(f"for {type(module).__name__}", lambda: find(module))
     return _FOUND[module][1]
 
 
@@ -81,12 +80,11 @@ def _is_plain(weight: Any) -> bool:
     return type(weight) is nn.Parameter and weight.dtype in TRITON_DTYPES
 
 
-def _is_norm(module: nn.Module) -> bool:
-    weight: Any = getattr(module, "weight", None)
+def _is_norm(module: Any) -> bool:
     return (
         type(module).__name__.endswith("RMSNorm")
-        and _is_plain(weight)
-        and weight.dim() == 1
+        and _is_plain(getattr(module, "weight", None))
+        and module.weight.dim() == 1
         and isinstance(_eps_of(module), float)
         and "forward" not in vars(module)
     )
@@ -98,7 +96,8 @@ def _eps_of(norm: nn.Module) -> Any:
 
 def _norm_forward(norm: Any, d_model: int) -> Callable[..., Tensor] | None:
     """The norm by the kernel; None if it is another function, or the kernel no faster."""
-    convention, own, weight = _found(norm, _convention_of), norm.forward, norm.weight
+    own, weight = norm.forward, norm.weight
+    convention = _found(norm, _convention_of, weight)
     if convention is None:
         return None
 
@@ -108,11 +107,11 @@ def _norm_forward(norm: Any, d_model: int) -> Callable[..., Tensor] | None:
     kind = "rms_norm" if convention.round_before_weight else f"rms_norm(offset={convention.offset:g})"
     rows = TOKENS * max(1, d_model // len(weight))  # a token has as many as its queries have heads
     case = case_of(kind, (rows, len(weight)), weight.dtype, weight.device)
-    if not is_taken(case, by_kernel, own, lambda: [random(rows, len(weight), like=weight)]):
+    if not is_taken(case, lambda: gain_of(by_kernel, own, random(rows, len(weight), like=weight))):
         return None
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
-        if len(args) == 1 and not kwargs and args[0].dtype == norm.weight.dtype:
+        if len(args) == 1 and not kwargs and type(args[0]) is Tensor and args[0].dtype == norm.weight.dtype:
             try:
                 return _on_rows(by_kernel, args[0])
             except ValueError:  # strides that the kernel does not take, or gradients are asked for
@@ -170,13 +169,17 @@ def _width(mlp: Any) -> int:
 
 def _mlp_forward(mlp: Any) -> Callable[..., Tensor] | None:
     """The MLP with its gate by the kernel; None if it is another function, or the kernel no faster."""
-    activation, own, names = _found(mlp, _activation_of), mlp.forward, _products(mlp)
+    own, weight, names, width = mlp.forward, mlp.down_proj.weight, _products(mlp), _width(mlp)
+    activation = _found(mlp, _activation_of, weight)
     if activation is None:
         return None
-    weight, by_kernel = mlp.down_proj.weight, partial(_gated, activation=activation)
-    case = case_of(f"swiglu({activation})", (TOKENS, _width(mlp)), weight.dtype, weight.device)
-    glue = _without_products(mlp).forward
-    if not is_taken(case, by_kernel, glue, lambda: [random(TOKENS, 2 * _width(mlp), like=weight)]):
+    by_kernel = partial(_gated, activation=activation)
+
+    def gain() -> float:
+        with evaluating(mlp):
+            return gain_of(by_kernel, _without_products(mlp).forward, random(TOKENS, 2 * width, like=weight))
+
+    if not is_taken(case_of(f"swiglu({activation})", (TOKENS, width), weight.dtype, weight.device), gain):
         return None
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:

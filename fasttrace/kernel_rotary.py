@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fasttrace.adapters import Anatomy
 from fasttrace.hooks import replaced_method
-from fasttrace.kernel_choice import TOKENS, Case, attempt, case_of, is_taken, random
+from fasttrace.kernel_choice import TOKENS, Case, attempt, case_of, gain_of, is_taken, random
 
 NAME = "apply_rotary_pos_emb"
 PROBED_TOKENS = 7
@@ -39,7 +39,8 @@ def rotary_by_kernel(anatomy: Anatomy) -> Iterator[None]:
 
 def _owners(anatomy: Anatomy) -> list[ModuleType]:
     """The Python modules of the attention modules' classes, as far as they have the function."""
-    kinds = {type(part) for mixer in anatomy.parts.mixers if mixer is not None for part in mixer.modules()}
+    mixers = {type(mixer): mixer for mixer in anatomy.parts.mixers if mixer is not None}
+    kinds = {type(part) for mixer in mixers.values() for part in mixer.modules()}
     names = sorted({base.__module__ for kind in kinds for base in kind.__mro__} & sys.modules.keys())
     return [sys.modules[name] for name in names if callable(vars(sys.modules[name]).get(NAME))]
 
@@ -67,7 +68,7 @@ class Rotary:
 
     def _is_taken(self, q: Any, k: Any, cos: Any, sin: Any) -> bool:
         tensors = q, k, cos, sin
-        if not all(isinstance(x, Tensor) and x.dtype == q.dtype for x in tensors) or q.dtype not in TRITON_DTYPES:
+        if not all(type(x) is Tensor and x.dtype == q.dtype for x in tensors) or q.dtype not in TRITON_DTYPES:
             return False
         if [x.dim() for x in tensors] != [4, 4, 3, 3]:
             return False
@@ -75,7 +76,7 @@ class Rotary:
         case = case_of("rotary", sizes, q.dtype, q.device)
         if case not in self.is_same:
             self.is_same[case] = bool(attempt(f"{case} of {self.own.__module__}", lambda: self._compare(sizes, q)))
-        return self.is_same[case] and is_taken(case, rotary, self.own, lambda: _inputs(sizes, TOKENS, q))
+        return self.is_same[case] and is_taken(case, lambda: gain_of(rotary, self.own, *_inputs(sizes, TOKENS, q)))
 
     def _compare(self, sizes: tuple[int, ...], like: Tensor) -> bool:
         inputs = _inputs(sizes, PROBED_TOKENS, like)

@@ -1,7 +1,8 @@
 """Faster ways to compute token-wise work, for the time of a pass; the only chooser of implementations.
 
-Each computes the same function as the module it stands in for, in fewer or smaller passes over memory.
-`Tracer(fuse=False)` leaves the modules alone.
+Each computes the same function as the module it stands in for, in fewer or smaller passes over memory. Where it depends
+on the machine what is faster, `cpu_linears` and `kernel_choice` measure it. `Tracer(fuse=False)` leaves the modules
+alone.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ KERNEL_NEEDS = {"cuda": "triton", "cpu": "numba"}
 """Where attention is one call a block rather than one a group, and the package that compiles it there."""
 
 GLUE_DEVICES = ("cuda",)
-"""Where norms, gates and rotary embeddings may be kernels."""
+"""Where norms, gates and rotary embeddings are computed by kernels if these are faster."""
 
 CPU_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
