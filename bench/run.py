@@ -23,6 +23,7 @@ from bench.gate import DisagreementError
 from bench.measured import Options, measure_case, print_measured
 from bench.report import new_report, path_of, write
 from bench.timing import Ceiling, Timing, copy_bandwidth, default_device, matmul_ceiling, measure
+from fasttrace import kernel_choice
 from fasttrace.cells import grid_cells, windows_of
 from fasttrace.edits import Shape
 from fasttrace.plan import plan_cells
@@ -132,8 +133,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             print_measured(measured)
             report["cases"].append(asdict(measured))
+        report["glue_kernels"] = {str(kernel): taken for kernel, taken in kernel_choice.choices().items()}
         write(report, path)  # after each case: a run that is cut short keeps what it has
         _free_memory()
+    for kernel, taken in report.get("glue_kernels", {}).items():
+        print(f"kernel {kernel}: {'taken' if taken else 'left out'}")
     print(json.dumps(report))
     sys.exit(bool(report["refused"]))
 

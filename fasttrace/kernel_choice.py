@@ -60,9 +60,9 @@ def _name_of(device: torch.device) -> str:
 
 
 def random(*shape: int, like: Tensor, seed: int = 0) -> Tensor:
-    """Normal numbers, drawn on the host, with the dtype and on the device of a tensor."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(like.device, like.dtype)
+    """Normal numbers with the dtype and on the device of a tensor, drawn there."""
+    generator = torch.Generator(like.device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
 def is_taken(case: Case, measure: Callable[[], float]) -> bool:

@@ -481,11 +481,11 @@ def test_on_a_gpu_grids_with_kernels_are_those_without(name, dtype, monkeypatch)
     monkeypatch.setattr(kernel_choice, "CLEARLY", 0.0)
     sizes = {"hidden_size": 512, "head_dim": 64, "num_attention_heads": 8, "intermediate_size": 1536}
     model = zoo.tiny_model(name, dtype, **sizes).cuda()
-    ids, options = [int(number) for number in torch.arange(1, 25)], {"subject": (2, 6), "samples": 4, "noise": 1.0}
-    by_kernel, plain = (Tracer(model, fuse=fuse).trace(ids, **options) for fuse in (True, False))
+    options = {"subject": (2, 6), "target": 9, "samples": 4, "noise": 1.0}
+    by_kernel, plain = (Tracer(model, fuse=fuse).trace(list(range(1, 25)), **options) for fuse in (True, False))
     taken = {case.kind.partition("(")[0] for case, is_taken in kernel_choice.choices().items() if is_taken}
     assert taken == {"rms_norm", "swiglu", "rotary"}
     for stream in plain.streams:
         grids = by_kernel.grid(stream), plain.grid(stream)
         error = np.abs(np.subtract(*map(np.log, grids))).max()
-        assert error < (1e-3 if dtype == torch.float32 else 0.3)
+        assert error < (1e-3 if dtype == torch.float32 else 0.1)
