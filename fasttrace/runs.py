@@ -224,7 +224,7 @@ def fingerprint_of(tracer: "Tracer", study: Study) -> dict[str, Any]:
         "dtype": str(tracer.dtype).removeprefix("torch."),
         "metric": "probability",
         "target": "clean top token, if correct" if study.require_correct else "first token of the answer",
-        "versions": versions(),
+        "versions": dict(versions()),
     }
 
 

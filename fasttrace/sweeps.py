@@ -4,6 +4,7 @@ import platform
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -113,11 +114,12 @@ class Sweep:
             "engine": self.choice.name,
             "engine_reason": self.choice.reason,
             "self_check_error": self.choice.self_check_error,
-            "versions": versions(),
+            "versions": dict(versions()),
         }
 
 
-def versions() -> dict[str, str]:
+@cache
+def versions() -> Mapping[str, str]:
     """Of what the numbers depend on."""
     from fasttrace import __version__
 
