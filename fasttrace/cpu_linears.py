@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +57,8 @@ may be told to round to bfloat16."""
 GELUS: dict[type[nn.Module], str] = {NewGELUActivation: "tanh", GELUTanh: "tanh", GELUActivation: "none"}
 """transformers' modules -> what torch calls the approximation."""
 
-_IS_GELU_OF_PRODUCT: dict[tuple[type[nn.Module], ...], bool] = {}
-"""By (MLP, activation): whether the MLP was seen to give the activation the first product and nothing else."""
+_IS_GELU_OF_PRODUCT: WeakKeyDictionary[nn.Module, tuple[tuple, bool]] = WeakKeyDictionary()
+"""What an MLP was then, and whether it was seen to give its GELU the first product and nothing else."""
 
 LARGEST_GELU_ERROR = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
@@ -140,19 +141,16 @@ def _seconds(linear: Callable[..., Tensor], hidden: Tensor, weight: Tensor) -> f
 def fast_linears(modules: Iterable[nn.Module]) -> Iterator[None]:
     """While open, the plain linears among modules on the CPU compute with oneDNN; other modules are left alone."""
     with ExitStack() as stack:
-        for module in modules:
-            if _is_plain(module, nn.Linear):
-                stack.enter_context(replaced_forward(module, _of_linear(module)))
-            elif _is_plain(module, Conv1D):
-                stack.enter_context(replaced_forward(module, _of_conv1d(module)))
+        for module in filter(is_plain_linear, modules):
+            stack.enter_context(replaced_forward(module, _by_onednn(module)))
         yield
 
 
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Of exactly this class, with dense float32 or bfloat16 weights in main memory."""
+def is_plain_linear(module: nn.Module) -> bool:
+    """Of exactly torch's class or GPT-2's, with dense float32 or bfloat16 weights in main memory."""
     weight = getattr(module, "weight", None)
     return (
-        type(module) is kind
+        type(module) in (nn.Linear, Conv1D)
         and type(weight) is nn.Parameter
         and weight.device.type == "cpu"
         and weight.dtype in (torch.float32, torch.bfloat16)
@@ -161,13 +159,11 @@ def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-def _of_linear(module: Any, gelu: str | None = None) -> Callable[[Tensor], Tensor]:
+def _by_onednn(module: Any, gelu: str | None = None) -> Callable[[Tensor], Tensor]:
+    """A linear's forward; the weight of GPT-2's is [inputs, outputs]."""
+    if isinstance(module, Conv1D):
+        return lambda hidden: onednn_linear(hidden, module.weight.t(), module.bias, gelu)
     return lambda hidden: onednn_linear(hidden, module.weight, module.bias, gelu)
-
-
-def _of_conv1d(module: Any, gelu: str | None = None) -> Callable[[Tensor], Tensor]:
-    """GPT-2's linear, whose weight is [inputs, outputs]."""
-    return lambda hidden: onednn_linear(hidden, module.weight.t(), module.bias, gelu)
 
 
 @contextmanager
@@ -181,7 +177,7 @@ def gelu_in_product(mlp: nn.Module, down: nn.Module, of_onednn: Container[nn.Mod
     """
     with ExitStack() as stack:
         pair = _up_and_gelu(mlp, down, of_onednn)
-        if pair is not None and _is_gelu_of_product(mlp, *pair):
+        if pair is not None and _is_gelu_of_product(mlp, down, *pair):
             stack.enter_context(_joined(*pair))
         yield
 
@@ -189,33 +185,52 @@ def gelu_in_product(mlp: nn.Module, down: nn.Module, of_onednn: Container[nn.Mod
 def _up_and_gelu(
     mlp: nn.Module, down: nn.Module, of_onednn: Container[nn.Module]
 ) -> tuple[nn.Module, nn.Module] | None:
-    """The other linear and the GELU, if there is one of each, with nobody else's hooks on them."""
-    ups = [part for part in mlp.modules() if isinstance(part, nn.Linear | Conv1D) and part is not down]
-    gelus = [part for part in mlp.modules() if type(part) in GELUS]
+    """The other linear and the GELU, if there is one of each, with nobody's hooks anywhere in the MLP."""
+    parts = list(mlp.modules())
+    ups = [part for part in parts if isinstance(part, nn.Linear | Conv1D) and part is not down]
+    gelus = [part for part in parts if type(part) in GELUS]
     if len(ups) != 1 or len(gelus) != 1 or ups[0] not in of_onednn:
         return None
-    if any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in (*ups, *gelus)):
+    if any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in parts):
         return None
     return ups[0], gelus[0]
 
 
-def _is_gelu_of_product(mlp: nn.Module, up: Any, gelu: nn.Module) -> bool:
-    """Tried once for each class of MLP, on a few numbers."""
-    kinds = type(mlp), type(gelu)
-    if kinds not in _IS_GELU_OF_PRODUCT:
-        inputs = up.weight.shape[0 if isinstance(up, Conv1D) else 1]
-        hidden = torch.randn(1, 4, inputs, generator=torch.Generator().manual_seed(0)).to(up.weight.dtype)
-        with evaluating(mlp):
-            expected = mlp(hidden)
-            with _joined(up, gelu):
-                error = torch.linalg.norm((mlp(hidden) - expected).float())
-        allowed = LARGEST_GELU_ERROR[up.weight.dtype] * torch.linalg.norm(expected.float())
-        _IS_GELU_OF_PRODUCT[kinds] = bool(error <= allowed)
-    return _IS_GELU_OF_PRODUCT[kinds]
+def _is_gelu_of_product(mlp: nn.Module, down: nn.Module, up: Any, gelu: nn.Module) -> bool:
+    """Tried once on a few numbers, unless the MLP changes."""
+    now = type(mlp).forward, type(gelu), up.weight.dtype, up.weight.shape
+    if mlp not in _IS_GELU_OF_PRODUCT or _IS_GELU_OF_PRODUCT[mlp][0] != now:
+        try:
+            same = _same_with_gelu_joined(mlp, down, up, gelu)
+        except Exception as error:  # an MLP that is called otherwise may raise anything
+            logger.debug("%s is computed as it is: %s", type(mlp).__name__, error)
+            same = False
+        _IS_GELU_OF_PRODUCT[mlp] = now, same
+    return _IS_GELU_OF_PRODUCT[mlp][1]
+
+
+def _same_with_gelu_joined(mlp: Any, down: Any, up: Any, gelu: nn.Module) -> bool:
+    """Whether the down projection gets the same either way."""
+    inputs = up.weight.shape[0 if isinstance(up, Conv1D) else 1]
+    hidden = torch.randn(1, 4, inputs, generator=torch.Generator().manual_seed(0)).to(up.weight.dtype)
+    seen: list[Tensor] = []
+    forward = down.forward
+
+    def watched(activation: Tensor) -> Tensor:
+        seen.append(activation.float())
+        return forward(activation)
+
+    with evaluating(mlp), replaced_forward(down, watched):
+        mlp.forward(hidden)
+        with _joined(up, gelu):
+            mlp.forward(hidden)
+    apart, joined = seen
+    norm = torch.linalg.norm(apart)
+    return bool(norm > 0 and torch.linalg.norm(joined - apart) <= LARGEST_GELU_ERROR[up.weight.dtype] * norm)
 
 
 @contextmanager
 def _joined(up: nn.Module, gelu: nn.Module) -> Iterator[None]:
-    of_kind = _of_conv1d if isinstance(up, Conv1D) else _of_linear
-    with replaced_forward(up, of_kind(up, GELUS[type(gelu)])), replaced_forward(gelu, lambda hidden: hidden):
+    in_product = _by_onednn(up, GELUS[type(gelu)])
+    with replaced_forward(up, in_product), replaced_forward(gelu, lambda hidden: hidden):
         yield

@@ -61,7 +61,7 @@ def model_rows(tracer: "Tracer") -> list[tuple[str, str]]:
         ("streams", ", ".join(tracer.streams)),
         ("engine", f"{choice.name}: {choice.reason}"),
         ("self-check", checked),
-        ("attention", "the model's own code" if compiler is None else f"one call a block, compiled by {compiler}"),
+        ("attention", "the model's own code" if compiler is None else f"compiled by {compiler} where the model allows"),
     ]
 
 

@@ -87,13 +87,13 @@ def choices() -> Choices:
 
 
 def settle(of_all: Iterable[Choices]) -> None:
-    """Takes from now on only kernels that no process has left out.
+    """Takes from now on only kernels that every process has taken.
 
     Args:
         of_all: the choices of all processes that work on one run.
     """
-    refused = {case for found in of_all for case, taken in found.items() if not taken}
-    _CHOSEN.update(dict.fromkeys(refused & _CHOSEN.keys(), False))
+    everywhere = list(of_all)
+    _CHOSEN.update({case: all(found.get(case, False) for found in everywhere) for case in _CHOSEN})
 
 
 def attempt(what: str, work: Callable[[], Any]) -> Any:

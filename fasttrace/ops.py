@@ -5,6 +5,7 @@ on the machine what is faster, `cpu_linears` and `kernel_choice` measure it. `Tr
 alone.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -12,6 +13,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
+from fasttrace_kernels import suffix_attention_cpu
 from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
@@ -23,6 +25,7 @@ from fasttrace.cpu_linears import (
     TURNED_PROBE,
     fast_linears,
     gelu_in_product,
+    is_plain_linear,
     onednn_does_bfloat16,
     onednn_is_faster,
 )
@@ -86,7 +89,12 @@ def kernel_compiler(anatomy: Anatomy) -> str | None:
     if device == "cpu" and (anatomy.d_model < CPU_WIDTH or anatomy.dtype not in CPU_KERNEL_DTYPES):
         return None
     package = KERNEL_NEEDS.get(device)
-    return package if package is not None and find_spec(package) is not None else None
+    return package if package is not None and compiler_is_there(package) else None
+
+
+def compiler_is_there(package: str) -> bool:
+    """Whether a package that compiles kernels is installed, and numba can be imported."""
+    return suffix_attention_cpu.is_installed() if package == "numba" else find_spec(package) is not None
 
 
 @contextmanager
@@ -114,14 +122,16 @@ def _takes_kernel_glue(anatomy: Anatomy) -> bool:
         all(device.type in GLUE_DEVICES for device in anatomy.devices)
         and not anatomy.is_offloaded
         and getattr(anatomy.model, "quantization_method", None) is None
-        and find_spec("triton") is not None
+        and compiler_is_there("triton")
     )
 
 
 def _fuse_on_cpu(anatomy: Anatomy, stack: ExitStack) -> None:
     linears = _for_onednn(anatomy)
+    found = Counter(part for block in anatomy.blocks for part in block.modules())
     for mlp, down in _dense_mlps(anatomy):
-        stack.enter_context(gelu_in_product(mlp, down, linears))
+        if all(found[part] == 1 for part in mlp.modules()):  # what blocks share is not one MLP's to change
+            stack.enter_context(gelu_in_product(mlp, down, linears))
     stack.enter_context(fast_linears(linears))
     for mlp, _ in _dense_mlps(anatomy):
         stack.enter_context(replaced_forward(mlp, in_chunks(mlp.forward)))
@@ -132,11 +142,11 @@ def _for_onednn(anatomy: Anatomy) -> set[nn.Module]:
     if anatomy.d_model < CPU_WIDTH:
         return set()
     head = anatomy.model.get_output_embeddings()
-    linears = [module for module in anatomy.model.modules() if isinstance(module, nn.Linear | Conv1D)]
+    linears = filter(is_plain_linear, anatomy.model.modules())
     return {module for module in linears if _takes_onednn(module, is_head=module is head)}
 
 
-def _takes_onednn(linear: nn.Linear | Conv1D, is_head: bool) -> bool:
+def _takes_onednn(linear: Any, is_head: bool) -> bool:
     if linear.weight.dtype == torch.bfloat16:
         return onednn_does_bfloat16()
     probe = HEAD_PROBE if is_head else TURNED_PROBE if isinstance(linear, Conv1D) else BLOCK_PROBE

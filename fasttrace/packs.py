@@ -11,11 +11,17 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
 from itertools import groupby
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+import torch
 
 from fasttrace.plan import BlockPlan, Group, Plan
+
+Made = TypeVar("Made")
+
+_FORGET: list[Callable[[], None]] = []
+"""What empties the memories of `kept`."""
 
 Places = list[np.ndarray]
 """[plan][token of the plan's own pack] -> token of the common pack."""
@@ -60,15 +66,22 @@ def pack_of(plans: Sequence[Plan]) -> Pack:
     return (_kept_pack if _is_small(plans) else _pack_of)(tuple(plans))
 
 
-def kept(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Remembers what a function makes of a pack, and of more that can be hashed, if the pack is small."""
+def kept(make: Callable[[Pack, torch.device], Made]) -> Callable[[Pack, torch.device], Made]:
+    """Remembers what a function makes of a pack for a device, if the pack is small."""
     remembered = lru_cache(maxsize=KEPT_PACKS)(make)
+    _FORGET.append(remembered.cache_clear)
 
     @wraps(make)
-    def of(pack: Pack, *more: Any) -> Any:
-        return (remembered if _is_small(pack.plans) else make)(pack, *more)
+    def of(pack: Pack, device: torch.device) -> Made:
+        return (remembered if _is_small(pack.plans) else make)(pack, device)
 
     return of
+
+
+def forget() -> None:
+    """Lets go of what was kept with packs, where memory runs short."""
+    for clear in _FORGET:
+        clear()
 
 
 def _is_small(plans: Sequence[Plan]) -> bool:

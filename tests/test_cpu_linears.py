@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers.activations import NewGELUActivation
+from transformers.activations import GELUActivation, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from fasttrace import cpu_linears, ops
@@ -43,7 +43,6 @@ def calls(monkeypatch):
     seen = []
     right = cpu_linears.onednn_linear
     monkeypatch.setattr(cpu_linears, "onednn_linear", lambda *args: seen.append(args[1].shape) or right(*args))
-    monkeypatch.setattr(cpu_linears, "_IS_GELU_OF_PRODUCT", {})
     monkeypatch.setattr(ops, "onednn_is_faster", lambda *_: True)
     monkeypatch.setattr(ops, "CPU_WIDTH", 1)
     return seen
@@ -248,22 +247,75 @@ def test_a_gelu_in_the_product_before_it_is_that_gelu(gelu, linear, dtype):
     ],
     ids=["before the product", "beside it", "scaled"],
 )
-def test_an_mlp_of_another_kind_is_left_alone(forward, monkeypatch):
-    monkeypatch.setattr(cpu_linears, "_IS_GELU_OF_PRODUCT", {})
-    is_joined, found, expected = joined_and_apart(Perceptron(forward), torch.randn(1, 9, 16))
+@pytest.mark.parametrize("down", ["random", "zero"])
+def test_an_mlp_of_another_kind_is_left_alone(forward, down):
+    mlp = Perceptron(forward)
+    if down == "zero":
+        nn.init.zeros_(mlp.down.weight)
+    is_joined, found, expected = joined_and_apart(mlp, torch.randn(1, 9, 16))
     assert not is_joined
     assert torch.equal(found, expected)
 
 
 @needs_onednn
-def test_hooks_of_others_see_the_gelus_input_as_ever(monkeypatch):
-    monkeypatch.setattr(cpu_linears, "_IS_GELU_OF_PRODUCT", {})
+def test_an_mlp_that_cannot_be_tried_is_left_alone():
+    def forward(mlp, hidden):
+        if hidden.shape[1] == 4:
+            raise TypeError("takes a layer index")
+        return usual(mlp, hidden)
+
+    assert not joined_and_apart(Perceptron(forward), torch.randn(1, 9, 16))[0]
+
+
+@needs_onednn
+def test_an_mlp_that_has_changed_is_tried_again():
+    mlp = Perceptron(usual)
+    assert joined_and_apart(mlp, torch.randn(1, 9, 16))[0]
+    mlp.act = GELUActivation()
+    is_joined, found, expected = joined_and_apart(mlp, torch.randn(1, 9, 16))
+    assert is_joined
+    torch.testing.assert_close(found, expected)
+
+
+@needs_onednn
+@pytest.mark.parametrize("part", ["up", "act", "down"])
+def test_hooks_of_others_see_what_they_saw_and_nothing_else(part):
     mlp, seen = Perceptron(usual), []
     hidden = torch.randn(1, 9, 16)
-    with output_hook(mlp.up, lambda output: seen.append(output)):
+    with output_hook(getattr(mlp, part), lambda output: seen.append(output)):
         is_joined, _, _ = joined_and_apart(mlp, hidden)
     assert not is_joined
-    torch.testing.assert_close(seen[-1], mlp.up(hidden))
+    assert len(seen) == 2
+    torch.testing.assert_close(*seen)
+
+
+@needs_onednn
+def test_a_gelu_that_mlps_share_stays_a_gelu(calls):
+    model = tiny_model("gpt2")
+    anatomy = anatomy_of(model)
+    for mlp in anatomy.parts.mlp:
+        mlp.act = anatomy.parts.mlp[0].act
+    job = make_job(7, (1, 4), 2, all_grids(STREAMS, 3, 7))
+    expected = reference.run(anatomy, job, lambda: None, rows=1000)
+    with fused(anatomy):
+        scores = ENGINES["wavefront"](anatomy, job, lambda: None)
+    assert relative_error(scores, expected) < 1e-5
+
+
+@needs_onednn
+def test_a_linear_of_a_class_of_its_own_computes_what_it_computes(calls):
+    class Adapted(Conv1D):
+        def forward(self, hidden):
+            return 2 * super().forward(hidden)
+
+    model = tiny_model("gpt2")
+    model.transformer.h[1].mlp.c_fc.__class__ = Adapted
+    anatomy = anatomy_of(model)
+    job = make_job(7, (1, 4), 2, all_grids(STREAMS, 3, 7))
+    expected = reference.run(anatomy, job, lambda: None, rows=1000)
+    with fused(anatomy):
+        scores = ENGINES["wavefront"](anatomy, job, lambda: None)
+    assert relative_error(scores, expected) < 1e-5
 
 
 @needs_onednn

@@ -15,6 +15,7 @@ from fasttrace.engines import ENGINES, cost_of_job
 from fasttrace.engines.job import pack_of_jobs
 from fasttrace.errors import EngineError, NumericsError
 from fasttrace.hooks import output_hook
+from fasttrace.packs import forget
 from tests.conftest import FAMILIES, N_LAYERS, all_grids, make_job, tiny_anatomy, tiny_model
 
 FAST_ENGINES = ("wavefront", "rows")
@@ -285,6 +286,7 @@ def test_all_tables_of_a_plan_reach_the_device_in_one_copy(monkeypatch):
     copies = []
     right = torch.from_numpy
     monkeypatch.setattr(tables.torch, "from_numpy", lambda array: copies.append(len(array)) or right(array))
+    forget()
     found = tables.tables_of(pack, torch.device("cpu"))
     assert tables.tables_of(pack, torch.device("cpu")) is found
     assert len(copies) == 1

@@ -31,7 +31,7 @@ def kernel(monkeypatch):
         return attended
 
     monkeypatch.setattr(ops, "CPU_WIDTH", 1)
-    monkeypatch.setattr(ops, "find_spec", lambda _: "as if all were there")
+    monkeypatch.setattr(ops, "compiler_is_there", lambda _: True)
     monkeypatch.setattr(suffix_attention_cpu, "is_installed", lambda: False)
     monkeypatch.setattr(KernelState, "attend", counted)
     return calls
@@ -82,7 +82,7 @@ def test_the_compiled_loop_gives_the_grids_of_plain_forward_passes(name, compile
 )
 def test_where_a_cpu_attends_in_one_call(width, dtype, package, calls, kernel, monkeypatch):
     monkeypatch.setattr(ops, "CPU_WIDTH", width)
-    monkeypatch.setattr(ops, "find_spec", lambda name: name == package or None)
+    monkeypatch.setattr(ops, "compiler_is_there", lambda name: name == package)
     anatomy = anatomy_of(zoo.tiny_model("gpt2").to(dtype or torch.float32))
     with fused(anatomy):
         ENGINES["wavefront"](anatomy, job_of(anatomy), lambda: None)
@@ -118,7 +118,7 @@ def test_without_fusing_or_without_triton_attention_goes_group_by_group(kernel, 
     anatomy = anatomy_of(zoo.tiny_model("llama"))
     with fused(anatomy, fuse=False):
         ENGINES["wavefront"](anatomy, job_of(anatomy), lambda: None)
-    monkeypatch.setattr(ops, "find_spec", lambda _: None)
+    monkeypatch.setattr(ops, "compiler_is_there", lambda _: False)
     with fused(anatomy):
         ENGINES["wavefront"](anatomy, job_of(anatomy), lambda: None)
     assert kernel == []

@@ -150,6 +150,9 @@ def test_small_packs_are_kept_with_their_tables_and_large_ones_are_not(monkeypat
     assert first is again
     assert tables_of(first, cpu) is tables_of(again, cpu)
     assert pack_of_jobs(jobs[::-1], N_LAYERS, wavefront.LAYOUT) is not first
+    before = tables_of(first, cpu)
+    packs.forget()
+    assert tables_of(first, cpu) is not before
     monkeypatch.setattr(packs, "LARGEST_KEPT", 1)
     large = [pack_of_jobs(jobs, N_LAYERS, wavefront.LAYOUT) for _ in range(2)]
     assert large[0] is not large[1]

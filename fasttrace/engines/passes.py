@@ -16,7 +16,7 @@ from fasttrace.engines import ENGINES, LAYOUTS, PACKING, cost_of_job
 from fasttrace.engines.job import Job
 from fasttrace.engines.memory import Budget, shares_passes, tokens_allowed
 from fasttrace.errors import EngineError
-from fasttrace.packs import peak_tokens
+from fasttrace.packs import forget, peak_tokens
 from fasttrace.readout import Scores
 
 Progress = Callable[[int, int], None]
@@ -63,9 +63,14 @@ def run_together(
             if not should_reduce_batch_size(error) or shares_passes(anatomy):
                 raise
             budget.lower(tokens)
-        clear_device_cache(garbage_collection=True)
+        _make_room()
     half = len(jobs) // 2
     return [found for part in (jobs[:half], jobs[half:]) for found in run_together(engine, anatomy, part, budget)]
+
+
+def _make_room() -> None:
+    forget()
+    clear_device_cache(garbage_collection=True)
 
 
 def _run(engine: str, anatomy: Anatomy, job: Job, budget: Budget, progress: Progress | None) -> tuple[Scores, Cost]:
@@ -100,7 +105,7 @@ class _Passes:
                 if not should_reduce_batch_size(error) or shares_passes(self.anatomy):
                     raise
                 halves = self._split_smaller(job, error)
-            clear_device_cache(garbage_collection=True)
+            _make_room()
             self.steps = self.done + sum(map(self.steps_of, (*halves, *self.waiting)))
         self.waiting.append(halves[1])
         first = self.run(halves[0])

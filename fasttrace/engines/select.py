@@ -6,7 +6,7 @@ the check is not optional: "auto" takes the first engine that passes, and one th
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -29,6 +29,9 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 HALF_TOLERANCE = 0.3
 """Largest difference of a log-probability that the self-check lets pass. Half precision moves by this much when
 only the shapes of its matrix products change."""
+
+ROUNDINGS = 2
+"""In half precision, what also passes: so many times what plain passes move by when the noise is rounded otherwise."""
 
 _RAISED = (FasttraceError, RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError)
 """What an engine may raise on a model it is not made for."""
@@ -59,12 +62,14 @@ class _Checks:
     Attributes:
         job: what it runs.
         expected: what plain forward passes give.
+        tolerance: largest difference of a log-probability from them.
         found: by engine, what is wrong with it (None: nothing) and its error (None: it does not run).
         sharing: by engine, why prompts do not share its passes (None: they do).
     """
 
     job: Job
     expected: Scores
+    tolerance: float
     found: dict[str, tuple[str | None, float | None]] = field(default_factory=dict)
     sharing: dict[str, str | None] = field(default_factory=dict)
 
@@ -129,7 +134,7 @@ def _checks_of(anatomy: Anatomy, fuse: bool) -> _Checks:
         job = _check_job(anatomy)
         expected = _plain_passes(anatomy, job)
         _check_reference(anatomy, expected)
-        known[key] = _Checks(job, expected)
+        known[key] = _Checks(job, expected, _allowed(anatomy, job, expected))
     return known[key]
 
 
@@ -171,6 +176,16 @@ def _tolerance(anatomy: Anatomy) -> float:
     return HALF_TOLERANCE if quantized else TOLERANCE.get(anatomy.dtype, HALF_TOLERANCE)
 
 
+def _allowed(anatomy: Anatomy, job: Job, expected: Scores) -> float:
+    """The tolerance for a job; half precision is asked how far one more rounding of the noise carries."""
+    tolerance, corruption = _tolerance(anatomy), job.corruption
+    if anatomy.dtype not in (torch.float16, torch.bfloat16):
+        return tolerance
+    otherwise = replace(corruption, noise=corruption.noise * (1 + torch.finfo(anatomy.dtype).eps))
+    moved = _distance(_plain_passes(anatomy, replace(job, corruption=otherwise)), expected)
+    return max(tolerance, ROUNDINGS * moved)
+
+
 def _check_reference(anatomy: Anatomy, expected: Scores) -> None:
     """Raises where plain forward passes do not do what causal tracing takes for granted."""
     name, tolerance = type(anatomy.model).__name__, _tolerance(anatomy)
@@ -190,7 +205,7 @@ def _compare(anatomy: Anatomy, checks: _Checks, name: str, fuse: bool) -> tuple[
     reason = NOT_PACKED.get(anatomy.config.model_type) if name == "wavefront" else None
     if reason is not None:
         return f"is not for {anatomy.config.model_type}: {reason}", None
-    tolerance = _tolerance(anatomy)
+    tolerance = checks.tolerance
     try:
         with fused(anatomy, fuse):
             error = _distance(ENGINES[name](anatomy, checks.job, _no_tick), checks.expected)
@@ -204,14 +219,15 @@ def _compare(anatomy: Anatomy, checks: _Checks, name: str, fuse: bool) -> tuple[
 def _compare_shared(anatomy: Anatomy, checks: _Checks, engine: str, fuse: bool) -> str | None:
     """What is wrong when the self-check's prompt shares a pass with a shorter one, which comes first."""
     short = _check_job(anatomy, n_positions=4)
-    jobs, tolerance = [short, checks.job], _tolerance(anatomy)
     expected = [_plain_passes(anatomy, short), checks.expected]
+    allowed = [_allowed(anatomy, short, expected[0]), checks.tolerance]
     try:
         with fused(anatomy, fuse):
-            scores = PACKING[engine](anatomy, jobs, _no_tick)
-        error = max(_distance(given, wanted) for given, wanted in zip(scores, expected, strict=True))
+            scores = PACKING[engine](anatomy, [short, checks.job], _no_tick)
+        errors = [_distance(given, wanted) for given, wanted in zip(scores, expected, strict=True)]
     except _RAISED as raised:
         return f"does not run ({type(raised).__name__}: {_first_line(raised)})"
+    error, tolerance = max(zip(errors, allowed, strict=True), key=lambda pair: pair[0] / pair[1])
     if error <= tolerance:
         return None
     return f"differs from plain forward passes by {error:.1e} in log-probability (allowed {tolerance:.0e})"

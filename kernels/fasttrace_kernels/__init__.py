@@ -1,1 +1,1 @@
-"""Operations of a pack of rows: Triton kernels for GPUs, torch everywhere else."""
+"""Operations of a pack of rows: Triton kernels for GPUs, numba for attention on CPUs, torch everywhere else."""

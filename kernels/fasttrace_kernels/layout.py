@@ -50,7 +50,7 @@ class AttentionLayout:
             length: [row] tokens of the row; rows without tokens are left out.
             first: [row] first position the row holds.
             base_start: [row] index in the pack of its base row's position 0; not read where `first` is 0.
-            block: tokens of a tile; `tile_tokens` says what suits a GPU, 32 suits a CPU.
+            block: tokens of a tile; `tile_tokens` says what suits a GPU, 32 suits torch on a CPU.
 
         Raises:
             ValueError: the rows do not cover the pack, or a base row lies outside of it.

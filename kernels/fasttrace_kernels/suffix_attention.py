@@ -109,12 +109,12 @@ def suffix_attention(
         softcap: scores become `softcap * tanh(score / softcap)`; 0 leaves them.
         sinks: [head] a score per head that takes its share of the softmax and adds nothing.
         out: written to and returned, if given.
-        backend: "auto" is "triton" for CUDA tensors and "torch" for all others. Only "torch" takes float64 and
-            can be differentiated.
+        backend: "auto" is "triton" for CUDA tensors, "numba" for those of a CPU that it takes where it can run, and
+            "torch" for all others. Only "torch" takes float64 and can be differentiated.
 
     Raises:
         ValueError: tensors that do not fit each other, the layout or the backend.
-        RuntimeError: "triton" where it cannot run.
+        RuntimeError: "triton" or "numba" where it cannot run.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend {backend!r}: pass 'auto', 'triton', 'numba' or 'torch'")
@@ -125,18 +125,21 @@ def suffix_attention(
         out = q.new_empty(shape)
     elif out.shape != shape or out.dtype != q.dtype or out.device != q.device or not _rows_are_dense(out):
         raise ValueError(f"out must be {list(shape)} {q.dtype} on {q.device} with last stride 1, not {_described(out)}")
-    chosen = _fastest(q, k, v) if backend == "auto" else backend
+    chosen = _fastest(q, k, v, sinks) if backend == "auto" else backend
     compute = {"triton": _launch, "numba": _compiled, "torch": _in_tiles}[chosen]
     compute(q, k, v, layout, factor, window, softcap, sinks, out)
     return out
 
 
-def _fastest(q: Tensor, k: Tensor, v: Tensor) -> str:
+def _fastest(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> str:
     if q.is_cuda:
         return "triton"
-    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    is_taken = q.device.type == "cpu" and q.dtype in KERNEL_DTYPES and not wants_gradient
-    return "numba" if is_taken and suffix_attention_cpu.is_installed() else "torch"
+    is_taken = q.device.type == "cpu" and q.dtype in KERNEL_DTYPES and not _want_gradient(q, k, v, sinks)
+    return "numba" if is_taken and suffix_attention_cpu.is_usable() else "torch"
+
+
+def _want_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _check(
@@ -169,14 +172,24 @@ def _check(
         raise ValueError(f"sinks must be a contiguous [{q.shape[1]}] on {q.device}, not {_described(sinks)}")
 
 
-def _compiled(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> None:
+def _compiled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: AttentionLayout,
+    scale: float,
+    window: int | None,
+    softcap: float,
+    sinks: Tensor | None,
+    out: Tensor,
+) -> None:
     if q.device.type != "cpu" or q.dtype not in KERNEL_DTYPES:
         raise ValueError(f"the loop for a CPU takes {_names(KERNEL_DTYPES)} there, not {_described(q)}")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    if _want_gradient(q, k, v, sinks):
         raise ValueError("the loop for a CPU has no backward; call it under torch.no_grad() or pass backend='torch'")
-    if not suffix_attention_cpu.is_installed():
-        raise RuntimeError("numba is not installed here; install it or pass backend='torch'")
-    suffix_attention_cpu.attend(q, k, v, *arguments)
+    if not suffix_attention_cpu.is_usable():
+        raise RuntimeError("numba is not installed here, or ran before a fork: install it or pass backend='torch'")
+    suffix_attention_cpu.attend(q, k, v, layout, scale, window, softcap, sinks, out)
 
 
 def _launch(
@@ -192,7 +205,7 @@ def _launch(
 ) -> None:
     if q.dtype not in KERNEL_DTYPES:
         raise ValueError(f"the Triton kernel takes {_names(KERNEL_DTYPES)}, not {q.dtype}; pass backend='torch'")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    if _want_gradient(q, k, v, sinks):
         raise ValueError("the Triton kernel has no backward; call it under torch.no_grad() or pass backend='torch'")
     arguments, grid = launch_arguments(q, k, v, layout, scale, window, softcap, sinks, out)
     if not grid:

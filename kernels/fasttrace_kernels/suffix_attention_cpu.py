@@ -5,13 +5,18 @@ attention needs tiles for that, and in a prompt of 7 tokens nine tenths of a til
 
 Everything is computed in float32; half precision is converted before and rounded once behind. Rows are dealt to
 threads like cards, so that long and short ones mix. The loop is compiled once per size of a head, in two seconds, and
-kept on disk where numba finds a place for it.
+kept on disk where numba finds a place for it. A process that was forked off one in which it ran cannot run it: OpenMP's
+threads do not survive that. Where numba has neither OpenMP nor TBB, its threads take one caller of a process at a time,
+so other code of the user's that numba runs in parallel must not run beside a trace.
 """
 
+import logging
+import os
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib.util import find_spec
+from importlib import import_module
 from threading import Lock
 from typing import Any
 
@@ -20,6 +25,8 @@ import torch
 from torch import Tensor
 
 from fasttrace_kernels.layout import AttentionLayout
+
+logger = logging.getLogger("fasttrace")
 
 FLAGS = {"reassoc", "contract", "nsz", "arcp"}
 """Sums may be reordered, so that they are vectors; inf and NaN keep their meaning."""
@@ -31,11 +38,30 @@ FEWEST_TOKENS = 64
 _ONE_AT_A_TIME = Lock()
 """Some of numba's ways of running threads do not take two callers."""
 
+_STARTED: set[int] = set()
+"""The process in which numba's threads were started; a process forked off it inherits the note, not the threads."""
+
+_CACHE_FAILED = (OSError, EOFError, pickle.UnpicklingError)
+_NOT_KEPT: set[tuple[int, int]] = set()
+"""Sizes of heads whose loop could not be written to the disk, or read from it."""
+
 
 @cache
 def is_installed() -> bool:
-    """Whether numba is there."""
-    return find_spec("numba") is not None
+    """Whether numba can be imported; one that cannot, says why once."""
+    try:
+        import_module("numba")
+    except ModuleNotFoundError:
+        return False
+    except ImportError as error:  # of another version than numpy's, say
+        logger.warning("numba is there but cannot be imported, attention does without: %s", error)
+        return False
+    return True
+
+
+def is_usable() -> bool:
+    """Whether numba can run here: it is installed, and this process was not forked off one in which it ran."""
+    return is_installed() and not _STARTED - {os.getpid()}
 
 
 def attend(
@@ -57,7 +83,8 @@ def attend(
     target = out if direct else torch.empty(out.shape, dtype=torch.float32)
     start, length, first, base_start = layout.rows
     with _ONE_AT_A_TIME, _threads(-(-layout.n_tokens // FEWEST_TOKENS)) as threads:
-        _compiled(q.shape[2], v.shape[2])(
+        _run(
+            (q.shape[2], v.shape[2]),
             *map(_flat, (queries, keys, values, target)),
             *(stride for x in (queries, keys, values) for stride in x.stride()[:2]),
             q.shape[1],
@@ -70,7 +97,7 @@ def attend(
             np.float32(scale),
             window or layout.longest,
             np.float32(softcap),
-            np.zeros(0, np.float32) if sinks is None else sinks.float().numpy(),
+            np.zeros(0, np.float32) if sinks is None else sinks.detach().float().numpy(),
             threads * PARTS_A_THREAD,
         )
     if not direct:
@@ -85,6 +112,7 @@ def _threads(most: int) -> Iterator[int]:
     """
     import numba
 
+    _STARTED.add(os.getpid())
     of_torch, of_numba = torch.get_num_threads(), numba.get_num_threads()
     threads = max(1, min(of_torch, most, numba.config.NUMBA_NUM_THREADS))  # pyright: ignore[reportAttributeAccessIssue]
     numba.set_num_threads(threads)
@@ -107,8 +135,18 @@ def _flat(x: Tensor) -> np.ndarray:
     return x.as_strided((span,), (1,)).numpy()
 
 
+def _run(sizes: tuple[int, int], *arguments: Any) -> None:
+    if sizes not in _NOT_KEPT:
+        try:
+            return _compiled(*sizes, kept=True)(*arguments)
+        except _CACHE_FAILED as error:
+            logger.warning("numba's folder of compiled code fails, attention is compiled for this process: %s", error)
+            _NOT_KEPT.add(sizes)
+    return _compiled(*sizes, kept=False)(*arguments)
+
+
 @cache
-def _compiled(d_key: int, d_value: int) -> Callable[..., None]:
+def _compiled(d_key: int, d_value: int, kept: bool) -> Callable[..., None]:
     """The loop for one size of heads: with it known, products over a head are a few vector instructions."""
     import numba
 
@@ -183,8 +221,10 @@ def _compiled(d_key: int, d_value: int) -> Callable[..., None]:
                         for i in range(d_value):
                             result[i] = summed[i] / total
 
+    # A file for each size: processes that write to one file at once may mix up what belongs to which size.
+    loop.__qualname__ = f"loop_{d_key}_{d_value}"
     options: dict[str, Any] = {"parallel": True, "fastmath": FLAGS, "nogil": True}
     try:
-        return numba.njit(loop, cache=True, **options)
+        return numba.njit(loop, cache=kept, **options)
     except RuntimeError:  # nowhere to keep it
         return numba.njit(loop, **options)

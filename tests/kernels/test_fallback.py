@@ -65,17 +65,74 @@ def test_both_ways_equal_the_reference_up_to_rounding(n_positions, heads, dtype,
     assert_attends(out, q, k, v, layout, **options)
 
 
-def test_the_number_of_threads_changes_no_bit():
+def test_the_number_of_threads_changes_no_bit(monkeypatch):
     numba = pytest.importorskip("numba")
+    if numba.config.NUMBA_NUM_THREADS < 2:
+        pytest.skip("one core")
     q, k, v, layout = case(12, HEADS[0], n_rows=60)
-    before, inside = torch.get_num_threads(), numba.get_num_threads()
-    found = []
+    inside, found, started = numba.get_num_threads(), [], []
+    right = numba.set_num_threads
+    monkeypatch.setattr(numba, "set_num_threads", lambda threads: started.append(threads) or right(threads))
     for threads in (1, 2):
-        torch.set_num_threads(threads)
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         found.append(suffix_attention(q, k, v, layout, backend="numba"))
-    torch.set_num_threads(before)
     assert torch.equal(*found)
-    assert numba.get_num_threads() == inside
+    assert started == [1, inside, 2, inside]
+
+
+def test_a_process_forked_off_one_in_which_numba_ran_computes_without_it():
+    """In processes of their own: OpenMP ends a child that would use its parent's threads."""
+    pytest.importorskip("numba")
+    code = (
+        "import os, torch; torch.set_num_threads(1)\n"
+        "from tests.kernels.test_fallback import HEADS, assert_attends, case, suffix_attention\n"
+        "q, k, v, layout = case(12, HEADS[0])\n"
+        "suffix_attention(q, k, v, layout, backend='numba')\n"
+        "child = os.fork()\n"
+        "if not child:\n"
+        "    assert_attends(suffix_attention(q, k, v, layout), q, k, v, layout)\n"
+        "    os._exit(7)\n"
+        "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": ":".join(sys.path)}, timeout=120
+    )
+
+
+def test_a_folder_of_compiled_code_that_fails_costs_one_compilation(monkeypatch, caplog):
+    pytest.importorskip("numba")
+    q, k, v, layout = case(5, HEADS[0])
+    right, asked = suffix_attention_cpu._compiled, []
+
+    def compiled(d_key, d_value, kept):
+        asked.append(kept)
+        if kept:
+            raise OSError("no space left on device")
+        return right(d_key, d_value, kept=False)
+
+    monkeypatch.setattr(suffix_attention_cpu, "_compiled", compiled)
+    monkeypatch.setattr(suffix_attention_cpu, "_NOT_KEPT", set())
+    for _ in range(2):
+        assert_attends(suffix_attention(q, k, v, layout, backend="numba"), q, k, v, layout)
+    assert asked == [True, False, False]
+    assert caplog.text.count("no space left") == 1
+
+
+def test_every_size_of_heads_has_a_file_of_its_own():
+    """numba's own file for all of them would be written by several processes at once."""
+    pytest.importorskip("numba")
+    names = {suffix_attention_cpu._compiled(*sizes, kept=True).py_func.__qualname__ for sizes in ((64, 64), (24, 16))}
+    assert len(names) == 2
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError("no numba"), ImportError("Numba needs NumPy 2.3 or less")])
+def test_a_numba_that_cannot_be_imported_is_done_without(error, monkeypatch, caplog):
+    def broken(_):
+        raise error
+
+    monkeypatch.setattr(suffix_attention_cpu, "import_module", broken)
+    assert not suffix_attention_cpu.is_installed.__wrapped__()
+    assert caplog.text.count("Numba needs NumPy") == (type(error) is ImportError)
 
 
 def test_torch_keeps_its_number_of_threads():
@@ -87,7 +144,9 @@ def test_torch_keeps_its_number_of_threads():
         "suffix_attention(*case(12, HEADS[0]), backend='numba')\n"
         "assert torch.get_num_threads() == 1, torch.get_num_threads()"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": ":".join(sys.path)})
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": ":".join(sys.path)}, timeout=120
+    )
 
 
 def test_nan_and_inf_stay_in_their_rows():
