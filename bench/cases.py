@@ -42,8 +42,10 @@ class Case:
         subject: half-open token span that is corrupted.
         noise: standard deviation of the corruption.
         weight_std: standard deviation of the random weights: large enough for the grids to vary.
-        prompts: how many there are, traced one after the other: fasttrace does not pack several prompts yet.
+        seed: of the weights, the prompts' tokens and the noise, which is the same for every prompt of a length.
+        prompts: how many there are; they share passes.
         longest: of several prompts; their lengths are drawn between `tokens` and this one. 0: all have `tokens`.
+        number: of several prompts, which one this is.
         fits: the model has only as many of its blocks as fit into the device's memory, see `fitted`.
     """
 
@@ -59,6 +61,7 @@ class Case:
     seed: int = 1
     prompts: int = 1
     longest: int = 0
+    number: int = 0
     fits: bool = False
 
     @property
@@ -97,7 +100,7 @@ class Case:
         return replace(self, config=self.config | {self._layers_key: n_layers})
 
     def each(self) -> list[Self]:
-        """One case per prompt: of several prompts, with lengths, subjects and seeds of their own."""
+        """One case per prompt: of several prompts, with lengths, subjects and tokens of their own."""
         if self.prompts == 1:
             return [self]
         random = np.random.RandomState(self.seed)
@@ -109,7 +112,7 @@ class Case:
         begin, end = self.subject
         shift = random.randint(0, length - end) - begin if self.longest else 0
         subject = (begin + int(shift), end + int(shift))
-        return replace(self, prompts=1, tokens=length, subject=subject, seed=self.seed + number)
+        return replace(self, prompts=1, tokens=length, subject=subject, number=number)
 
     def summary(self) -> str:
         """One line: shapes, dtype, corruption."""
@@ -124,7 +127,7 @@ class Case:
         if self.prompts == 1:
             return f"{self.tokens} tokens, subject [{begin}, {end})"
         lengths = f"{self.tokens} to {self.longest}" if self.longest else str(self.tokens)
-        return f"{self.prompts} prompts of {lengths} tokens one after the other, subjects of {end - begin} tokens"
+        return f"{self.prompts} prompts of {lengths} tokens in common passes, subjects of {end - begin} tokens"
 
     def cells(self) -> list[Cell]:
         """Every cell of the three grids."""
@@ -278,7 +281,7 @@ def build_all(case: Case, device: torch.device | str = "cpu") -> list[Workload]:
 
 
 def _workload(case: Case, model: PreTrainedModel, device: torch.device) -> Workload:
-    generator = torch.Generator().manual_seed(case.seed)
+    generator = torch.Generator().manual_seed(case.seed + case.number)
     prompt = torch.randint(model.config.vocab_size, (1, case.tokens), generator=generator)
     with torch.no_grad():
         logits = model(prompt.to(device), use_cache=False).logits

@@ -8,11 +8,14 @@ from time import monotonic
 from typing import Any
 
 import fasttrace
-from bench.cases import Case, Workload, build_all, fitted, weight_bytes
+from bench.cases import STREAMS, WINDOW, Case, Workload, build_all, fitted, weight_bytes
 from bench.gate import HalfError, agree, half_error
 from bench.split import Split, time_split
 from bench.timing import Ceiling, Run, Section, Timing, seconds_of, sustained_rate
 from fasttrace.cost import Cost, total
+from fasttrace.datasets import Fact
+from fasttrace.engines.memory import Budget, tokens_allowed
+from fasttrace.many import Study
 
 GATE_CELLS = 12
 """Of one prompt; of several prompts three each, one of every stream."""
@@ -95,8 +98,17 @@ class Measured:
 
 
 def trace_all(tracer: fasttrace.Tracer, workloads: list[Workload], engine: str) -> list[fasttrace.TraceResult]:
-    """The grids of all prompts, one prompt after the other: the place for a call that packs several."""
-    return [tracer.trace(each.prompt, engine=engine, **each.trace_options()) for each in workloads]
+    """The grids of a prompt, or of several that share passes as those of `Tracer.trace_many` do."""
+    if len(workloads) == 1:
+        return [tracer.trace(workloads[0].prompt, engine=engine, **workloads[0].trace_options())]
+    case, windows = workloads[0].case, tracer.windows(STREAMS, WINDOW)
+    sweep = tracer.sweep(windows, case.noise, (), case.samples, case.seed, engine)
+    prompts = [tracer.encode(each.prompt, each.case.subject, each.target) for each in workloads]
+    budget = Budget(tokens_allowed(tracer.anatomy, "auto"))
+    study = Study(sweep, lambda fact: prompts[int(fact.id)], tracer.fuse, budget, strict=True)
+    encoded, _ = study.encoded(Fact(str(number), "", "") for number in range(len(prompts)))
+    found = {int(record.fact.id): record.result for pack in study.run(study.packed(encoded)) for record in pack}
+    return [result for _, result in sorted(found.items()) if result is not None]
 
 
 def measure_case(case: Case, ceiling: Ceiling, options: Options) -> Measured:

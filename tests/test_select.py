@@ -102,3 +102,19 @@ def test_a_step_down_is_told_once(family, monkeypatch, caplog):
     caplog.clear()
     assert select.choose(anatomy) == first
     assert not caplog.text
+
+
+@pytest.mark.parametrize(("moved", "passes"), [(0.2, True), (0.5, True), (0.7, False)])
+def test_half_precision_may_move_as_far_as_another_rounding_of_the_noise_carries(moved, passes, monkeypatch):
+    """A rounding that moves plain passes by 0.3 lets 0.6 pass; one that moves them by nothing, HALF_TOLERANCE."""
+    anatomy = anatomy_of(tiny_model("llama", torch.bfloat16))
+    distances = iter([0.3, moved])
+    monkeypatch.setattr(select, "_distance", lambda *_: next(distances))
+    choice = select._checks_of(anatomy, True), select._check(anatomy, select._checks_of(anatomy, True), "rows", True)
+    assert choice[0].tolerance == pytest.approx(0.6)
+    assert (choice[1][0] is None) == passes
+
+
+def test_float32_has_a_tolerance_of_its_own(family):
+    checks = select._checks_of(anatomy_of(tiny_model(family)), True)
+    assert checks.tolerance == select.TOLERANCE[torch.float32]
