@@ -52,7 +52,7 @@ class Tracer:
             modules: paths of modules that the rules do not find, or find wrongly: "embedding" and "blocks" (the
                 list of transformer blocks) from the model; "attention", "mlp" and "down" (the MLP's down projection)
                 from a block. For example {"blocks": "model.layers", "attention": "self_attn", "mlp": "mlp"}.
-            fuse: compute activations of several passes over memory in one, while a trace runs.
+            fuse: compute with faster equivalents of the model's modules while a trace runs; see `fasttrace.ops`.
 
         Raises:
             ModelError: not a decoder-only language model, or parts that are not found.

@@ -120,7 +120,7 @@ class Sweep:
 
 @cache
 def versions() -> Mapping[str, str]:
-    """Of what the numbers depend on."""
+    """Of what the numbers depend on, or may: what compiles kernels is named where it is installed."""
     from fasttrace import __version__
 
     found = {
