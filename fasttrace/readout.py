@@ -3,7 +3,7 @@
 The tail of the model is run as the model runs it: its own forward on one-token sequences, with every block
 replaced by one that hands over the states that were computed before. Final norm, projection, head, soft cap and
 logit scale are therefore the model's, whatever they are. Rows go through it in chunks that are reduced at once,
-so that rows x vocabulary never exists. Softmax is in float32 (float64 for a float64 model),
+so that rows x vocabulary never exists. Probabilities are in float32 (float64 for a float64 model),
 means are in float64.
 """
 
@@ -47,13 +47,20 @@ class Scores:
 
 
 def distributions(logits: Tensor) -> np.ndarray:
-    """Softmax over the last axis, in float32 or better, on the host."""
-    return precise(logits).softmax(-1).cpu().numpy()
+    """Probabilities over the last axis, in float32 or better, on the host; read as `_probabilities` reads rows."""
+    shifted = _shifted(logits)
+    return torch.exp(shifted - shifted.exp().sum(-1, keepdim=True).log()).cpu().numpy()
 
 
-def precise(logits: Tensor) -> Tensor:
-    """Logits in float32, or in float64 if they are."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def _shifted(logits: Tensor) -> Tensor:
+    """Logits less the largest of each row, in float32, or in float64 if they are: a new tensor.
+
+    What is read from it, p = exp(x - log(sum(exp(x)))), has a relative error of at most 2**-23 x (8 + |log p|),
+    whatever the vocabulary, because torch adds up in pairs. Its own float32 softmax adds up one exponential after the
+    other on a CPU, and is off by 2e-5 to 1e-4 at 262,144 tokens, always to the same side.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits - logits.amax(-1, keepdim=True)
 
 
 def row_probabilities(anatomy: Anatomy, states: Tensor, targets: Tensor, as_output: Callable[[Tensor], Any]) -> Tensor:
@@ -88,8 +95,9 @@ def _tail(anatomy: Anatomy, states: Tensor, targets: Tensor, as_output: Callable
 
 
 def _probabilities(logits: Tensor, targets: Tensor) -> Tensor:
-    logits = precise(logits)
-    return torch.exp(logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1))
+    shifted = _shifted(logits)
+    of_targets = shifted.gather(1, targets[:, None])[:, 0]
+    return torch.exp(of_targets - shifted.exp_().sum(-1).log())
 
 
 def scores_of_rows(rows: np.ndarray, cell_row: np.ndarray, base: np.ndarray, target: int) -> Scores:
