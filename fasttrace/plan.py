@@ -12,7 +12,7 @@ drop edits that change nothing (`edits.py`). Passes 4 to 8 are here, and all are
 
 The pack of a block is a list of tokens. The base rows come first, whole: the clean run, then one corrupted run
 per noise sample. Restored rows follow, sorted by the positions they hold, tile size and sample, so that equal shapes
-are neighbours.
+are neighbors. `docs/planner.md` compiles a small plan step by step.
 """
 
 from dataclasses import dataclass
@@ -30,6 +30,16 @@ Layout = Literal["narrow", "suffix", "full"]
 TILE_TOKENS = 32
 """Rows that share a base row attend together in tiles of about this many tokens: the base row's keys are then
 gathered once a tile, and a block-diagonal mask keeps the rows apart."""
+
+BASE_ROW = -1
+"""In place of a row's number: the corrupted base row of the sample. Being -1, it picks the last item of an array, so
+`np.append(per_row, of_base)[number]` looks up rows and the base row at once."""
+
+_NOTHING = -1
+"""In tables that are being filled: nothing here so far."""
+
+_CODES_PER_POSITION = 6
+"""Edits that one position can have in a block: three kinds, two sources."""
 
 
 @dataclass(frozen=True)
@@ -157,9 +167,9 @@ def plan_cells(shape: Shape, cells: tuple[Cell, ...], layout: Layout = "narrow")
         edits = by_block.where(slice(*bounds[number : number + 2]))
         parents, rows = rows, _advance(shape, rows, edits, signatures[:, number], layout)
         blocks.append(_block(shape, number, parents, rows, edits, layout))
-    last = np.full((shape.samples, len(rows.first)), -1)
+    last = np.full((shape.samples, len(rows.first)), _NOTHING)
     last[rows.sample, rows.number] = rows.start + shape.n_positions - 1 - rows.first[rows.number]
-    cell_row = np.where(rows.of_cell >= 0, rows.of_cell, table.constant)
+    cell_row = np.where(rows.of_cell == BASE_ROW, table.constant, rows.of_cell)
     return Plan(shape, layout, tuple(blocks), last, cell_row)
 
 
@@ -168,10 +178,10 @@ class _Rows:
     """The restored rows of one block. Each row exists once per sample; `number` and `sample` say which is where.
 
     Attributes:
-        of_cell: [cell] the row a cell is in, -1 while it is still the corrupted base row.
-        parent: [row] its row in the previous block, -1 for the base row.
+        of_cell: [cell] the row a cell is in; BASE_ROW while nothing has been restored.
+        parent: [row] its row in the previous block, or BASE_ROW.
         first, stop: [row] first position held, and the one after the last.
-        rest: [row] the row that has its tokens from `stop` on as well, -1 for the base row.
+        rest: [row] the row that has its tokens from `stop` on as well, or BASE_ROW.
         number, sample: [placed row] row and sample, in the order of the pack.
         start: [placed row] index of the first token in the pack.
         place: [sample, row] the inverse of (sample, number).
@@ -194,7 +204,7 @@ class _Rows:
 
 def _no_rows(shape: Shape, n_cells: int) -> _Rows:
     none = np.zeros(0, dtype=np.int64)
-    return _placed(shape, np.full(n_cells, -1), parent=none, first=none, stop=none, rest=none)
+    return _placed(shape, np.full(n_cells, BASE_ROW), parent=none, first=none, stop=none, rest=none)
 
 
 def _placed(
@@ -214,7 +224,10 @@ def _placed(
 
 
 def _tile_rows(shape: Shape, first: np.ndarray, stop: np.ndarray) -> np.ndarray:
-    """[row] how many rows share its tile: whole tiles of rows with the same positions, and one of what is left."""
+    """[row] how many rows share its tile: whole tiles of rows with the same positions, and one of what is left.
+
+    Whole rows (first == 0) read no base row's keys, so a tile would save no gather: each is its own.
+    """
     held = first * (shape.n_positions + 1) + stop
     count = np.bincount(held, minlength=(shape.n_positions + 1) ** 2)
     order = np.argsort(held, kind="stable")
@@ -232,12 +245,13 @@ def _signatures(shape: Shape, table: EditTable) -> np.ndarray:
     begins = np.flatnonzero(_changes(table.cell * shape.n_layers + table.block))
     signatures[table.cell[begins], table.block[begins]] = code[begins]
     ends = np.append(begins[1:], len(code))
+    # A set of several edits gets a number above all single edits' codes, in the order in which the sets are met.
     several = ends - begins > 1
     known: dict[tuple[int, ...], int] = {}
     for begin, end in zip(begins[several], ends[several], strict=True):
         edits = tuple(code[begin:end].tolist())
         signatures[table.cell[begin], table.block[begin]] = -known.setdefault(edits, len(known) + 1)
-    return np.where(signatures < 0, 6 * shape.n_positions - signatures, signatures)
+    return np.where(signatures < 0, _CODES_PER_POSITION * shape.n_positions - signatures, signatures)
 
 
 def _changes(values: np.ndarray) -> np.ndarray:
@@ -249,16 +263,19 @@ def _changes(values: np.ndarray) -> np.ndarray:
 
 def _advance(shape: Shape, rows: _Rows, edits: EditTable, signature: np.ndarray, layout: Layout) -> _Rows:
     """Passes 4 to 6 and 8: splits the rows whose cells have different edits in this block."""
+    # A row begins where its parent does, or earlier if it is edited earlier; children of the base row begin where they
+    # are edited.
     first_of_cell = np.append(rows.first, shape.n_positions)[rows.of_cell]
     np.minimum.at(first_of_cell, edits.cell, 0 if layout == "full" else edits.position)
+    # Cells with one parent and one signature have had the same edits so far: they are one row.
     history = (rows.of_cell + 1) * (signature.max(initial=0) + 1) + signature
     restored = np.flatnonzero(history)
     _, example, number = np.unique(history[restored], return_index=True, return_inverse=True)
     example = restored[example]
-    of_cell = np.full_like(rows.of_cell, -1)
+    of_cell = np.full_like(rows.of_cell, BASE_ROW)
     of_cell[restored] = number
     parent, first = rows.of_cell[example], first_of_cell[example]
-    rest, stop = np.full_like(parent, -1), np.full_like(parent, shape.n_positions)
+    rest, stop = np.full_like(parent, BASE_ROW), np.full_like(parent, shape.n_positions)
     if layout == "narrow":
         rest, stop = _narrowed(shape, of_cell, parent, edits)
     return _placed(shape, of_cell, parent, first, stop, rest)
@@ -271,15 +288,18 @@ def _narrowed(shape: Shape, of_cell: np.ndarray, parent: np.ndarray, edits: Edit
     or the base row if that is the parent, is whole; the others, edited no earlier, end with their last edit.
     """
     row = of_cell[edits.cell]
-    last = np.full_like(parent, -1)
+    last = np.full_like(parent, _NOTHING)
     np.maximum.at(last, row, edits.position)
     comes_in_edited = np.zeros(len(parent), dtype=bool)
     comes_in_edited[row[edits.kind == RESIDUAL]] = True
+    # The whole one has the earliest last edit: behind the end of any other row neither is edited, so
+    # they are alike there. Rows edited in the residual stream come in different: they stand for no other row, and are
+    # whole themselves.
     order = np.lexsort((last, comes_in_edited, parent))
     begins = _changes(parent[order])
     whole = np.empty_like(parent)
     whole[order] = order[begins][np.cumsum(begins) - 1]
-    rest = np.where(parent < 0, -1, whole)
+    rest = np.where(parent == BASE_ROW, BASE_ROW, whole)
     is_whole = comes_in_edited | (rest == np.arange(len(parent)))
     return rest, np.where(is_whole, shape.n_positions, last + 1)
 
@@ -290,7 +310,7 @@ def _block(shape: Shape, number: int, parents: _Rows, rows: _Rows, edits: EditTa
     to, taken_from = targets[RESIDUAL]
     carried = source.copy() if len(to) else None
     source[to] = source[taken_from]
-    unread = _unread_tokens(shape, rows) if number == shape.n_layers - 1 else to[:0]
+    unread = _unread_tokens(rows) if number == shape.n_layers - 1 else to[:0]
     keep, spread = (None, None) if layout == "full" else _skipped_mlp(rows.n_tokens, *targets[MLP], unread)
     unchanged = number > 0 and len(source) == parents.n_tokens and np.array_equal(source, np.arange(len(source)))
     return BlockPlan(
@@ -313,6 +333,8 @@ def _growth(shape: Shape, parents: _Rows, rows: _Rows) -> tuple[np.ndarray, np.n
     position = _ranges(first, lengths)
     origin = np.repeat((1 + rows.sample) * shape.n_positions, lengths) + position
     parent = rows.parent[rows.number]
+    # A token is its parent's where that holds it; else it is the base row's. Tokens behind a narrow parent's end are
+    # those of the row that is like it there (`rest`), which may be the base row.
     source = origin
     if np.any(parents.stop < shape.n_positions):
         of_rest, held = _held(parents, np.append(parents.rest, -1)[parent], rows.sample, position, lengths)
@@ -331,12 +353,12 @@ def _held(
 
     Args:
         rows: of the pack.
-        number: [item] rows, -1 for one that holds nothing.
+        number: [item] rows; BASE_ROW holds nothing here, because it is never looked up as a row.
         sample: [item] theirs.
         position: [token] positions asked for, item by item.
         lengths: [item] how many.
     """
-    exists = number >= 0
+    exists = number != BASE_ROW
     first, stop = np.append(rows.first, 0)[number], np.append(rows.stop, 0)[number]
     shift = -first
     shift[exists] += rows.start[rows.place[sample[exists], number[exists]]]
@@ -356,9 +378,10 @@ def _edit_tokens(shape: Shape, rows: _Rows, edits: EditTable) -> tuple[np.ndarra
         return edits.cell, edits.cell
     row = rows.of_cell[edits.cell]
     place = row * shape.n_positions + edits.position
-    edit_at = np.full(len(rows.first) * shape.n_positions, -1)
+    # Cells that share a row bring the same edits: of each place one is enough.
+    edit_at = np.full(len(rows.first) * shape.n_positions, _NOTHING)
     edit_at[place] = np.arange(len(place))
-    once = edit_at[edit_at >= 0]
+    once = edit_at[edit_at != _NOTHING]
     row, position, clean = row[once], edits.position[once], edits.clean[once]
     sample = np.arange(shape.samples)[:, None]
     to = rows.start[rows.place[:, row]] + position - rows.first[row]
@@ -366,7 +389,7 @@ def _edit_tokens(shape: Shape, rows: _Rows, edits: EditTable) -> tuple[np.ndarra
     return to.reshape(-1), taken_from.reshape(-1)
 
 
-def _unread_tokens(shape: Shape, rows: _Rows) -> np.ndarray:
+def _unread_tokens(rows: _Rows) -> np.ndarray:
     """All tokens of restored rows but the last: nothing reads their last block's output."""
     lengths = (rows.stop - rows.first)[rows.number]
     return _ranges(rows.start, lengths - 1)
@@ -378,6 +401,8 @@ def _skipped_mlp(n_tokens: int, to: np.ndarray, taken_from: np.ndarray, unread: 
         return None, None
     computed = np.ones(n_tokens, dtype=bool)
     computed[to] = computed[unread] = False
+    # Unread tokens may hold anything: they get the first token's output. Restored ones get that of their source, a base
+    # token, which is always computed.
     spread = np.where(computed, np.cumsum(computed) - 1, 0)
     spread[to] = spread[taken_from]
     return np.flatnonzero(computed), spread

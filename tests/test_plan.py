@@ -1,6 +1,8 @@
 """The planner: exact counts, and what each pass may and may not drop."""
 
+import doctest
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -234,3 +236,9 @@ def test_a_shape_without_anything_to_trace_is_an_error(shape):
 def test_streams_and_windows_that_make_no_sense_are_errors(streams, window, message):
     with pytest.raises(PlanError, match=message):
         windows_of(streams, window)
+
+
+def test_the_worked_plan_of_the_documentation_is_what_the_planner_makes():
+    page = Path(__file__).parents[1] / "docs" / "planner.md"
+    failed, tried = doctest.testfile(str(page), module_relative=False)
+    assert (failed, tried > 10) == (0, True)
