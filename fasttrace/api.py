@@ -1,5 +1,6 @@
 """The straight line from a prompt to a grid: one call per module."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from fasttrace.cells import windows_of
 from fasttrace.corruption import sigma_of
 from fasttrace.engines.passes import Progress, run_in_passes
 from fasttrace.engines.select import EngineChoice, choose
+from fasttrace.identity import identity_of, shown_name
 from fasttrace.loading import load
 from fasttrace.ops import fused
 from fasttrace.prompts import Prompt, encode, plain_ids
@@ -47,7 +49,7 @@ class Tracer:
         Args:
             model: from AutoModelForCausalLM, on its device(s).
             tokenizer: needed for prompts, subjects and targets given as text.
-            name: recorded in results; the model's own name by default.
+            name: recorded in results; the model's own name by default. Of a path the last name alone.
             revision: recorded in results.
             modules: paths of modules that the rules do not find, or find wrongly: "embedding" and "blocks" (the
                 list of transformer blocks) from the model; "attention", "mlp" and "down" (the MLP's down projection)
@@ -60,7 +62,7 @@ class Tracer:
         self.model, self.tokenizer, self.fuse = model, tokenizer, fuse
         self._anatomy = anatomy_of(model, modules)
         config: Any = model.config
-        self.name = name or config.name_or_path or type(model).__name__
+        self.name = _name_of(name, config.name_or_path or type(model).__name__)
         self.revision = revision or getattr(config, "_commit_hash", None)
 
     @classmethod
@@ -95,7 +97,7 @@ class Tracer:
         """
         places = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
         model, tokenizer = load(name, dtype, device, revision, **places)
-        return cls(model, tokenizer, name=name, revision=revision, modules=modules, fuse=fuse)
+        return cls(model, tokenizer, name=shown_name(name), revision=revision, modules=modules, fuse=fuse)
 
     @property
     def anatomy(self) -> Anatomy:
@@ -121,6 +123,14 @@ class Tracer:
     def device(self) -> torch.device:
         """Where the model takes its tokens."""
         return self._anatomy.device
+
+    def identity(self) -> dict[str, Any]:
+        """What makes the model this one, whatever its name; see `fasttrace.identity`. It reads all weights.
+
+        `fasttrace run` and `fasttrace trace --out` record it and compare it with what a folder holds; `trace` does not
+        ask for it, because for a large model it takes longer than a trace.
+        """
+        return identity_of(self)
 
     def choose_engine(self, engine: str = "auto") -> EngineChoice:
         """The engine a trace would get, and why.
@@ -306,3 +316,7 @@ class Tracer:
         }
         choice = self.choose_engine(engine)
         return Sweep(self._anatomy, self.tokenizer, windows, sigma, samples, seed, choice, about)
+
+
+def _name_of(given: str | None, own: str) -> str:
+    return given if given and not os.path.isabs(given) else shown_name(given or own)

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -106,10 +107,11 @@ def demo(
     """Trace one fact on the embedded model, all three streams, and draw the figure."""
     case = embedded.CASE
     request = {"subject": case.subject, "target": case.target, "samples": case.samples}
-    wanted = _wanted(embedded.MODEL_NAME, case.prompt, request, {"dtype": dtype})
+    wanted = _wanted(case.prompt, request, {"dtype": dtype})
     outputs.check_folder(out, wanted, overwrite)
     tracer = _load(embedded.MODEL_NAME, dtype=dtype, device=device)
-    result = _trace(tracer, case.prompt, engine=engine, **request)
+    identity = _identity(tracer, out, wanted, overwrite)
+    result = _trace(tracer, case.prompt, identity, engine=engine, **request)
     typer.echo(summary.result_text(result))
     _write(result, out, overwrite)
 
@@ -161,13 +163,14 @@ def trace(
     }
     loading = {"dtype": dtype, "revision": revision, "modules": module_paths(module)}
     loading |= {"device_map": device_map, "offload_folder": offload_folder}
+    wanted = _wanted(prompt, request, loading, ids=ids)
     if out is not None:
-        outputs.check_folder(out, _wanted(model, prompt, request, loading, ids=ids), overwrite)
+        outputs.check_folder(out, wanted, overwrite)
     subjects = None if noise_subjects is None else read_subjects(noise_subjects)
     tracer = _load(model, device=device, fuse=fuse, **loading)
     tokens = _token_ids(prompt) if ids else prompt
     rest = {"noise_subjects": subjects, "engine": engine, "budget": number_or_text(budget, int)}
-    result = _trace(tracer, tokens, **request, **rest)
+    result = _trace(tracer, tokens, _identity(tracer, out, wanted, overwrite), **request, **rest)
     typer.echo(json.dumps(result.summary(), ensure_ascii=False) if as_json else summary.result_text(result))
     if out is not None:
         _write(result, out, overwrite, say=_tell if as_json else typer.echo)
@@ -229,10 +232,12 @@ def verify(
         "window": tutorial.WINDOW,
         "first_target_token": True,
     }
+    wanted = _wanted(case.prompt, request, {"dtype": dtype})
     if out is not None:
-        outputs.check_folder(out, _wanted(model, case.prompt, request, {"dtype": dtype}), overwrite)
+        outputs.check_folder(out, wanted, overwrite)
     tracer = _load(model, dtype=dtype, device=device, revision=revision)
-    result = _trace(tracer, case.prompt, engine=engine, **request)
+    identity = _identity(tracer, out, wanted, overwrite)
+    result = _trace(tracer, case.prompt, identity, engine=engine, **request)
     typer.echo(summary.result_text(result))
     typer.echo("\n" + summary.comparison_text(result, tolerance))
     if out is not None:
@@ -268,13 +273,12 @@ def _token_ids(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def _wanted(model: str, prompt: str, request: dict[str, Any], loading: dict[str, Any], ids: bool = False) -> dict:
-    """What is known of a run before it is computed, by the keys of `outputs.identity`."""
-    subject, target = request["subject"], request["target"]
+def _wanted(prompt: str, request: dict[str, Any], loading: dict[str, Any], ids: bool = False) -> dict:
+    """What is known of a run before its model is loaded, by the keys of `outputs.identity`."""
+    subject, target, noise = request["subject"], request["target"], request.get("noise", "s3")
     known = {
-        "model": model,
         "prompt": None if ids else prompt,
-        "noise": request.get("noise", "s3"),
+        "noise" if isinstance(noise, str) else "sigma": noise,
         "samples": request["samples"],
         "seed": request.get("seed", 1),
         **({"subject": subject.strip()} if isinstance(subject, str) else {"span": subject}),
@@ -288,9 +292,21 @@ def _wanted(model: str, prompt: str, request: dict[str, Any], loading: dict[str,
     return known
 
 
-def _trace(tracer: "Tracer", prompt: str | list[int], **options: Any) -> "TraceResult":
+def _identity(tracer: "Tracer", out: Path | None, wanted: dict[str, Any], overwrite: bool) -> dict[str, Any]:
+    """For the metadata of a trace that goes into a folder, which its model is compared with before anything is computed."""
+    if out is None:
+        return {}
+    from fasttrace.identity import digests
+
+    identity = digests(tracer.identity())
+    outputs.check_folder(out, wanted | identity, overwrite)
+    return {"identity": identity}
+
+
+def _trace(tracer: "Tracer", prompt: str | list[int], identity: dict[str, Any], **options: Any) -> "TraceResult":
     with _progress() as progress:
-        return tracer.trace(prompt, progress=progress, **options)
+        result = tracer.trace(prompt, progress=progress, **options)
+    return replace(result, metadata={**result.metadata, **identity}) if identity else result
 
 
 @contextmanager
@@ -325,8 +341,6 @@ def _save_plot(result: "TraceResult", stream: str | None, path: Path, dpi: int) 
 
 
 def _only(result: "TraceResult", stream: str) -> "TraceResult":
-    from dataclasses import replace
-
     result.grid(stream)  # raises for a stream that was not traced
     return replace(result, prob={stream: result.prob[stream]}, prob_std={stream: result.prob_std[stream]})
 

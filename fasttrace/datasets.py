@@ -79,11 +79,19 @@ class FactSet:
         name: the file's name, "builtin", or the type of the object they came from.
         facts: at least one when read by `read_facts`; ids are unique.
         bad: the rows that were skipped.
+        subjects: of all facts of the source, those behind a limit included, for noise that is measured on them; by
+            default those of `facts`.
     """
 
     name: str
     facts: tuple[Fact, ...]
     bad: tuple[BadRow, ...] = ()
+    subjects: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Takes the facts' own subjects where none are given."""
+        if not self.subjects:
+            object.__setattr__(self, "subjects", tuple(fact.subject for fact in self.facts))
 
     def __len__(self) -> int:
         return len(self.facts)
@@ -105,7 +113,9 @@ def read_facts(source: Any, *, strict: bool = False, limit: int | None = None) -
             .jsonl, .csv (with commas) or .parquet; a pandas DataFrame; a Hugging Face Dataset; or any iterable of
             mappings or facts.
         strict: stop at the first malformed row.
-        limit: read that many facts and stop; None reads all.
+        limit: give that many facts; None gives all. The rest of a source that is there as a whole (a file, a table, a
+            list) is read for its subjects, so that noise that is measured on them is the same without the limit; an
+            iterator is left where it is.
 
     Raises:
         StoreError: the source cannot be read, or its columns are not those of facts.
@@ -114,12 +124,13 @@ def read_facts(source: Any, *, strict: bool = False, limit: int | None = None) -
     if limit is not None and limit < 1:
         raise PromptError(f"limit is {limit}: give at least 1, or None for all facts")
     name, found = _rows_of(source)
-    facts, bad = _sort(found, strict, limit)
+    whole = not isinstance(source, Iterator)
+    facts, bad, subjects = _sort(found, strict, limit, whole)
     if not facts:
         raise PromptError(f"no facts in {found.name}: {_listed(bad) or 'it is empty'}; give at least one good row")
     if bad:
         logger.warning("%s: skipped %d of %d rows: %s", found.name, len(bad), len(bad) + len(facts), _listed(bad))
-    return FactSet(name, tuple(facts), tuple(bad))
+    return FactSet(name, tuple(facts), tuple(bad), source.subjects if isinstance(source, FactSet) else tuple(subjects))
 
 
 def _listed(bad: list[BadRow]) -> str:
@@ -164,22 +175,32 @@ def _numbered(values: Iterable[Any]) -> Iterator[Row]:
 # From rows to facts.
 
 
-def _sort(found: Rows, strict: bool, limit: int | None) -> tuple[list[Fact], list[BadRow]]:
-    """The good and the bad; stops after `limit` facts, and with `strict` at a bad row."""
-    facts, bad, places = [], [], {}
+def _sort(
+    found: Rows, strict: bool, limit: int | None, whole: bool
+) -> tuple[list[Fact], list[BadRow], list[str]]:
+    """The good up to `limit`, the bad among them, and the subjects of all that are good, if `whole` behind the limit too.
+
+    With `strict` it stops at a bad row.
+    """
+    facts, bad, subjects, places = [], [], [], {}
     for number, row in enumerate(found.rows):
+        full = len(facts) == limit
         try:
             fact = _fact_of(row, number)
             _check_new(fact.id, places, f"{found.unit} {row.line}")
         except PromptError as error:
+            if full:
+                continue
             bad.append(BadRow(row.line, str(error), found.unit))
             if strict:
                 raise PromptError(f"{found.name}, {bad[-1]}; correct it, or skip it without strict") from None
             continue
-        facts.append(fact)
-        if len(facts) == limit:
+        subjects.append(fact.subject)
+        if not full:
+            facts.append(fact)
+        if len(facts) == limit and not whole:
             break
-    return facts, bad
+    return facts, bad, subjects
 
 
 def _check_new(fact_id: str, places: dict[str, str], place: str) -> None:

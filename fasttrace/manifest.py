@@ -1,14 +1,15 @@
 """Manifest: what a store holds, as JSON that people can read and that shows when it was changed by hand.
 
     {
-      "format_version": 1,
-      "fingerprint": {"model": "gpt2-xl", "sigma": 0.135, "samples": 10, ..., "versions": {"torch": "2.7.0"}},
+      "format_version": 2,
+      "fingerprint": {"model": "gpt2-xl", "weights": "9f2c...", "config": {"n_layer": 48, ...}, "sigma": 0.135, ...},
       "facts": {"name": "known_1000", "n_facts": 1209, "bad_rows": []},
       "checksum": "..."
     }
 
-The fingerprint is all that changes a run's numbers; ``versions`` in it are noted but not compared. ``facts``
-says what the run was asked for. The checksum is the SHA-256 of all the rest.
+The fingerprint is all that changes a run's numbers; what it has under `NOTED`, names and versions, is not compared.
+``facts`` says what the run was asked for. The checksum is the SHA-256 of all the rest. A store of format version 1 knew
+its model by name and by a sample of its weights: it can be read, and not be gone on with.
 """
 
 import hashlib
@@ -27,6 +28,7 @@ from fasttrace.files import atomic_write, write_new
 __all__ = [
     "STORE_VERSION",
     "check_fingerprint",
+    "compared",
     "differences",
     "join_manifest",
     "plain_json",
@@ -34,8 +36,14 @@ __all__ = [
     "write_manifest",
 ]
 
-STORE_VERSION = 1
+STORE_VERSION = 2
 VERSIONS = "versions"
+NOTED = ("model", "revision", "noise", VERSIONS)
+"""What a fingerprint says for people: the model's digests and sigma decide."""
+OF_A_VERSION = "module_settings"
+"""What other versions of packages may write otherwise; entries of a configuration that one of them lacks are, too."""
+SAME_SIGMA = 1e-6
+"""By how much of itself a measured sigma may differ: it does between versions of torch."""
 GO_ON = "free some space or make the folder writable, then start the same run again: it goes on where it stopped"
 _ABSENT = object()
 
@@ -108,29 +116,68 @@ def check_fingerprint(there: Mapping[str, Any], here: Mapping[str, Any], where: 
     Raises:
         StoreError: it lists what differs.
     """
-    found = differences(_without_versions(there), _without_versions(here))
+    if "config" in here and "config" not in there:
+        raise StoreError(
+            f"{where} was written by an earlier version of fasttrace, which did not note enough of the model to tell "
+            "whether this is the same one: give another folder; average, report and export still read it"
+        )
+    found = differences(*compared(there, here))
     if found:
         raise StoreError(
             f"{where} holds another run ({'; '.join(found)}): give another folder, or run with the values that it "
-            "was made with"
+            f"was made with{_advice(there, found)}"
         )
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+def _advice(there: Mapping[str, Any], found: list[str]) -> str:
+    if not any(difference.startswith("sigma ") for difference in found):
+        return ""
+    return f" (--noise {there.get('sigma')} for its noise, or --noise-subjects for the subjects it was measured on)"
+
+
+def compared(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of two fingerprints what has to be equal.
+
+    Args:
+        there: of one run.
+        here: of another.
+
+    Returns:
+        The same without names and versions. Between versions of transformers or torch, also without what only one of
+        the two writes into a configuration, and without the settings of modules.
+    """
+    sides = [{key: value for key, value in side.items() if key not in NOTED} for side in (there, here)]
+    if _packages(there) != _packages(here):
+        flat = [_flat(config) for side in sides if isinstance(config := side.get("config", {}), Mapping)]
+        for side, config in zip(sides, flat, strict=False):
+            side["config"] = {key: config[key] for key in config if all(key in other for other in flat)}
+            side.pop(OF_A_VERSION, None)
+    return sides[0], sides[1]
+
+
+def _packages(fingerprint: Mapping[str, Any]) -> list[Any]:
+    versions = fingerprint.get(VERSIONS)
+    return [versions.get(name) if isinstance(versions, Mapping) else None for name in ("torch", "transformers")]
+
+
+def differences(
+    there: Mapping[str, Any], here: Mapping[str, Any], places: tuple[str, str] = ("there", "here")
+) -> list[str]:
     """Spells out what differs, one entry a value: ``"sigma 0.13 there, 0.15 here"``.
 
-    A sigma may differ by one part in a million: a measured one does, between versions of torch.
+    A sigma may differ by `SAME_SIGMA`, and streams in their order.
 
     Args:
         there: plain JSON values, nested or not.
         here: those to compare with.
+        places: what to call the two.
 
     Returns:
         One string per difference; none when they agree.
     """
     left, right = _flat(there), _flat(here)
     keys = [key for key in left | right if not _same(key, left.get(key, _ABSENT), right.get(key, _ABSENT))]
-    return [f"{key} {_shown(left, key)} there, {_shown(right, key)} here" for key in keys]
+    return [f"{key} {_shown(left, key)} {places[0]}, {_shown(right, key)} {places[1]}" for key in keys]
 
 
 def plain_json(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,10 +221,6 @@ def _checksum(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _without_versions(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in fingerprint.items() if key != VERSIONS}
-
-
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
@@ -186,9 +229,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _same(key: str, left: Any, right: Any) -> bool:
+    if key == "streams" and isinstance(left, list) and isinstance(right, list):
+        return set(map(str, left)) == set(map(str, right))
     if not (isinstance(left, float) and isinstance(right, float)):
         return left == right
-    close = key.rpartition(".")[2] == "sigma" and math.isclose(left, right, rel_tol=1e-6)
+    close = key.rpartition(".")[2] == "sigma" and math.isclose(left, right, rel_tol=SAME_SIGMA)
     return close or left == right or (math.isnan(left) and math.isnan(right))
 
 

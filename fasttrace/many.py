@@ -213,10 +213,10 @@ def study_of(
     strict: bool = False,
 ) -> tuple[Study, list[Encoded], list[Record]]:
     """A study and its facts as tokens; see `Tracer.trace_many`."""
-    facts = read_facts(facts, strict=strict).facts
+    facts = read_facts(facts, strict=strict)
     windows = tracer.windows(streams, window)
     allowed = tokens_allowed(tracer.anatomy, budget)
-    subjects = [fact.subject for fact in facts] if noise_subjects is None else noise_subjects
+    subjects = facts.subjects if noise_subjects is None else noise_subjects
     sweep = tracer.sweep(windows, noise, subjects, samples, seed, engine)
     encode = partial(_encode, tracer)
     study = Study(sweep, encode, tracer.fuse, Budget(allowed), require_correct, strict)

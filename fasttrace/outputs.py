@@ -24,12 +24,13 @@ __all__ = ["DATA_FILE", "FIGURE_FILE", "check_folder", "identity", "write_run"]
 DATA_FILE = "trace.parquet"
 FIGURE_FILE = "figure.png"
 CSV_FILES = tuple(f"{site}.csv" for site in SITES)
-KEPT_METADATA = ("model", "revision", "prompt", "noise", "sigma", "samples", "seed", "dtype")
+KEPT_METADATA = ("prompt", "sigma", "samples", "seed", "dtype")
 
 
 def identity(result: "TraceResult") -> dict[str, Any]:
-    """What makes a run the same run: all that changes its numbers by more than rounding."""
+    """What makes a run the same run: all that changes its numbers by more than rounding, of the model by its digests."""
     return {name: result.metadata.get(name) for name in KEPT_METADATA} | {
+        **result.metadata.get("identity", {}),
         "span": tuple(result.span),
         "target": result.target and result.target.strip(),
         "target_id": result.target_id,
@@ -42,7 +43,7 @@ def check_folder(folder: Path, wanted: Mapping[str, Any], overwrite: bool = Fals
 
     Args:
         folder: where a run is to be written; it need not exist.
-        wanted: what is known of the run so far, by the keys of `identity` (or "subject", "window").
+        wanted: what is known of the run so far, by the keys of `identity` (or "subject", "window", "noise").
         overwrite: another run's files may be replaced.
 
     Raises:
@@ -111,11 +112,18 @@ def _known_run(folder: Path, names: Sequence[str]) -> dict[str, Any]:
             f"{folder} holds {', '.join(names)} of a run that cannot be told ({error}): give another folder "
             "with --out, or --overwrite to replace them"
         ) from error
-    return identity(result) | {"subject": result.metadata.get("subject"), "window": max(result.windows.values())}
+    if "identity" not in result.metadata:
+        raise StoreError(
+            f"{folder} holds a run that does not say on which weights it was made (written by an earlier version of "
+            "fasttrace, or saved from Python): give another folder with --out, or --overwrite to replace it"
+        )
+    asked = {name: result.metadata.get(name) for name in ("subject", "noise")}
+    return identity(result) | asked | {"window": max(result.windows.values())}
 
 
 def _differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    return [f"{key} {found[key]!r} there, {wanted[key]!r} here" for key in wanted if not _same(found[key], wanted[key])]
+    keys = [key for key in wanted if not _same(found.get(key), wanted[key])]
+    return [f"{key} {found.get(key)!r} there, {wanted[key]!r} here" for key in keys]
 
 
 def _same(left: Any, right: Any) -> bool:

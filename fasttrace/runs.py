@@ -1,21 +1,23 @@
 """A run: a set of facts traced into a store, by one process or many, from the start or from where it stopped."""
 
 import hashlib
+import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from fasttrace import cpu_linears, kernel_choice
-from fasttrace.datasets import FactSet
+from fasttrace.datasets import Fact, FactSet
 from fasttrace.distributed import CellSharded, Claims, Ranks, claims
 from fasttrace.engines.memory import Budget
-from fasttrace.errors import PlanError
+from fasttrace.errors import PlanError, PromptError
+from fasttrace.identity import digests
+from fasttrace.manifest import SAME_SIGMA, compared, differences, plain_json
 from fasttrace.many import Encoded, Study, study_of
-from fasttrace.stores import Record, Store
+from fasttrace.stores import MANIFEST, Record, Store
 from fasttrace.sweeps import versions
 
 if TYPE_CHECKING:
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["Outcome", "Told", "run"]
 
 SHARDS = ("facts", "cells")
-HASHED_VALUES = 256
-"""Of every parameter, in the hash of a model's weights."""
+SHOWN = 3
+"""Differences between two processes that a message names."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,14 @@ def run(
 
     Raises:
         StoreError: the folder cannot be written to, or holds another run; it lists what differs.
-        PlanError: an unknown shard, or see `Tracer.trace_many`, as for other errors.
+        PromptError: processes have different facts, or see `Tracer.trace_many`.
+        PlanError: an unknown shard, processes that would run different things, or see `Tracer.trace_many`, as for
+            other errors.
     """
     if shard not in SHARDS:
         raise PlanError(f"unknown shard {shard!r}: give one of {', '.join(SHARDS)}")
     ranks = ranks or Ranks.current(cpu=tracer.device.type == "cpu")
+    check_same_facts(ranks, facts)
     study, encoded, refused = study_of(tracer, facts, **options)
     if shard == "cells":
         values = {field.name: getattr(study, field.name) for field in fields(study)}
@@ -104,7 +109,16 @@ def run(
     study = replace(study, budget=Budget(min(ranks.all(lambda: study.budget.tokens))))
     cpu_linears.settle(ranks.all(cpu_linears.choices))
     kernel_choice.settle(ranks.all(kernel_choice.choices))
-    store = _opened(ranks, Path(folder), fingerprint_of(tracer, study), facts)
+    identities = ranks.all(tracer.identity)
+    fingerprint = fingerprint_of(study, tracer.name, tracer.revision, identities[ranks.rank])
+    check_same_run(ranks, {**fingerprint, "shard": shard})
+    sigma, notes = study.sweep.sigma, ()
+    if isinstance(fingerprint["noise"], str) and options.get("noise_subjects") is None:
+        sigma, notes = ranks.first(lambda: kept_sigma(study, Path(folder), facts))
+    about = {**study.sweep.about, "identity": digests(identities[ranks.rank]), "notes": notes}
+    study = replace(study, sweep=replace(study.sweep, sigma=sigma, about=about))
+    store = _opened(ranks, Path(folder), {**fingerprint, "sigma": sigma}, facts)
+    store.notes += notes
     return _Run(ranks, study, store, facts, progress).run(encoded, refused)
 
 
@@ -208,33 +222,110 @@ class _Run:
         return dict(zip(facts["id"], facts["status"], strict=True))
 
 
-def fingerprint_of(tracer: "Tracer", study: Study) -> dict[str, Any]:
-    """All that changes a run's numbers by more than rounding, as JSON values."""
+def fingerprint_of(study: Study, name: str, revision: str | None, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """All that changes a run's numbers by more than rounding, as JSON values, and what people want to know.
+
+    Args:
+        study: how facts are traced.
+        name: of the model; not compared, and so is the revision.
+        revision: of the model.
+        identity: of the model, from `fasttrace.identity.identity_of`.
+    """
     sweep = study.sweep
     return {
-        "model": tracer.name,
-        "revision": tracer.revision,
-        "weights": weights_hash(tracer.model),
+        "model": name,
+        "revision": revision,
+        **identity,
         "noise": sweep.about["noise"],
         "sigma": sweep.sigma,
         "samples": sweep.samples,
         "seed": sweep.seed,
         "streams": list(sweep.windows),
-        "window": max(sweep.windows.values()),
-        "dtype": str(tracer.dtype).removeprefix("torch."),
+        "windows": dict(sweep.windows),
+        "dtype": str(sweep.anatomy.dtype).removeprefix("torch."),
         "metric": "probability",
         "target": "clean top token, if correct" if study.require_correct else "first token of the answer",
         "versions": dict(versions()),
     }
 
 
-def weights_hash(model: nn.Module) -> str | None:
-    """SHA-256 over names, shapes and some values of all parameters; None where weights are not in memory."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            return None
-        values = parameter.detach().reshape(-1)
-        some = values[:: max(1, len(values) // HASHED_VALUES)][:HASHED_VALUES].to("cpu", torch.float64)
-        digest.update(f"{name} {tuple(parameter.shape)}".encode() + some.numpy().tobytes())
-    return digest.hexdigest()[:16]
+# All processes do the same.
+
+
+def check_same_facts(ranks: Ranks, facts: FactSet) -> None:
+    """Refuses, in every process, a set of facts that is another one in some process.
+
+    Raises:
+        PromptError: it names the process and the first fact that differs.
+    """
+    if ranks.world == 1:
+        return
+    digest = hashlib.sha256(repr(facts.facts).encode("utf-8", "backslashreplace")).hexdigest()
+    if len(set(ranks.all(lambda: digest))) == 1:
+        return
+    first = ranks.first(lambda: facts.facts)
+    found = ranks.all(lambda: _first_difference(first, facts.facts, ranks.rank))
+    rank = next(rank for rank, difference in enumerate(found) if difference)
+    raise PromptError(
+        f"process {rank} has other facts than process 0 ({found[rank]}): give all processes, on every machine, the same "
+        "file of facts"
+    )
+
+
+def _first_difference(first: Sequence[Fact], here: Sequence[Fact], rank: int) -> str | None:
+    places = ("in process 0", f"in process {rank}")
+    for one, other in zip_longest(first, here):
+        if one != other:
+            if one is None or other is None or one.id != other.id:
+                names = [None if fact is None else fact.id for fact in (one, other)]
+                return differences({"fact": names[0]}, {"fact": names[1]}, places)[0]
+            return f"fact {one.id!r}: {differences(asdict(one), asdict(other), places)[0]}"
+    return None
+
+
+def check_same_run(ranks: Ranks, fingerprint: Mapping[str, Any]) -> None:
+    """Refuses, in every process, a run that is another one in some process.
+
+    Raises:
+        PlanError: it names the process and what differs.
+    """
+    first, *others = ranks.all(lambda: plain_json(fingerprint))
+    for rank, other in enumerate(others, start=1):
+        found = differences(*compared(first, other), ("in process 0", f"in process {rank}"))
+        if found:
+            raise PlanError(
+                f"process {rank} would not run what process 0 runs ({'; '.join(found[:SHOWN])}): give all processes, on "
+                "every machine, the same model and the same options"
+            )
+
+
+# Noise that is measured.
+
+
+def kept_sigma(study: Study, folder: Path, facts: FactSet) -> tuple[float, tuple[str, ...]]:
+    """The sigma of the run that is in a folder, where rows were added to its facts or left out; else the study's own.
+
+    Args:
+        study: with noise that was measured on the facts' own subjects.
+        folder: of the run; it may have none yet.
+        facts: all that are asked for.
+
+    Returns:
+        Sigma, and a note where it is not what the subjects would give.
+
+    Raises:
+        StoreError: the folder's manifest cannot be read.
+    """
+    measured = study.sweep.sigma
+    if not os.path.exists(folder / MANIFEST):
+        return measured, ()
+    store = Store.read(folder)
+    kept = store.fingerprint.get("sigma")
+    if not isinstance(kept, float) or store.fingerprint.get("noise") != study.sweep.about["noise"]:
+        return measured, ()
+    if math.isclose(kept, measured, rel_tol=SAME_SIGMA):
+        return kept, ()
+    asked = {fact.id for fact in facts}
+    if not (store.done <= asked or asked <= store.done):
+        return measured, ()  # another set of facts: it is refused with the difference
+    return kept, (f"noise: the folder's sigma {kept:.6g} is kept; the subjects of these facts give {measured:.6g}",)

@@ -24,6 +24,7 @@ from fasttrace.errors import StoreError
 from fasttrace.files import TEMPORARY, as_utf8, atomic_write, remove_stale, set_aside
 from fasttrace.manifest import (
     GO_ON,
+    NOTED,
     VERSIONS,
     check_fingerprint,
     differences,
@@ -59,7 +60,7 @@ class Store:
     Attributes:
         folder: where it is.
         fingerprint: of the run, from the manifest.
-        notes: what is different here and does not matter enough to refuse: versions of packages.
+        notes: what is different here and does not matter enough to refuse: names, versions of packages.
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], here: Mapping[str, Any] | None = None) -> None:
@@ -82,8 +83,9 @@ class Store:
 
         Args:
             folder: made when missing.
-            fingerprint: JSON values: all that changes the run's numbers. What differs under "versions" is
-                noted; a "sigma" may differ by one part in a million; anything else has to be equal.
+            fingerprint: JSON values: all that changes the run's numbers. What differs in names and under "versions" is
+                noted (`fasttrace.manifest.NOTED`); a "sigma" may differ by one part in a million and "streams" in their
+                order; anything else has to be equal.
 
         Returns:
             The store, ready to write.
@@ -321,7 +323,8 @@ class Store:
 
 
 def _notes(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(differences(there.get(VERSIONS) or {}, here.get(VERSIONS) or {}))
+    noted = [{**(side.get(VERSIONS) or {}), **{key: side.get(key) for key in NOTED[:-1]}} for side in (there, here)]
+    return tuple(differences(*noted))
 
 
 def _by_number(fact_id: str) -> tuple[list[tuple[int, str]], str]:

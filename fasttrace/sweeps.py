@@ -39,7 +39,7 @@ class Sweep:
         sigma: standard deviation of the noise.
         samples, seed: of the noise.
         choice: the engine.
-        about: further metadata of results.
+        about: further metadata of results; its notes go before a prompt's own.
     """
 
     anatomy: Anatomy
@@ -103,7 +103,7 @@ class Sweep:
             **self.about,
             "prompt": prompt.text,
             "subject": prompt.subject,
-            "notes": list(prompt.notes),
+            "notes": [*self.about.get("notes", ()), *prompt.notes],
             "sigma": self.sigma,
             "samples": self.samples,
             "seed": self.seed,
