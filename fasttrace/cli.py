@@ -293,7 +293,7 @@ def _wanted(prompt: str, request: dict[str, Any], loading: dict[str, Any], ids: 
 
 
 def _identity(tracer: "Tracer", out: Path | None, wanted: dict[str, Any], overwrite: bool) -> dict[str, Any]:
-    """For the metadata of a trace that goes into a folder, which its model is compared with before anything is computed."""
+    """For the metadata of a trace that goes into a folder, which holds none of another model."""
     if out is None:
         return {}
     from fasttrace.identity import digests

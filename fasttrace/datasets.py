@@ -175,12 +175,10 @@ def _numbered(values: Iterable[Any]) -> Iterator[Row]:
 # From rows to facts.
 
 
-def _sort(
-    found: Rows, strict: bool, limit: int | None, whole: bool
-) -> tuple[list[Fact], list[BadRow], list[str]]:
-    """The good up to `limit`, the bad among them, and the subjects of all that are good, if `whole` behind the limit too.
+def _sort(found: Rows, strict: bool, limit: int | None, whole: bool) -> tuple[list[Fact], list[BadRow], list[str]]:
+    """The good up to `limit`, the bad among them, and the subjects of all good ones.
 
-    With `strict` it stops at a bad row.
+    With `strict` it stops at a bad row; unless `whole`, at the limit.
     """
     facts, bad, subjects, places = [], [], [], {}
     for number, row in enumerate(found.rows):

@@ -4,9 +4,9 @@
 store, the check of a trace's folder and the metadata of results are made of these entries. Where a model lies, what it
 is called, how its files are cut and on which devices its weights are makes no difference.
 
-Weights are read to the last byte, wherever they are: nothing is kept between two calls, so that an edit is always seen.
-SHA-256 takes 0.5 seconds per GB on a core of an AMD EPYC, where it was the fastest of hashlib's safe ones (BLAKE2b: 0.7),
-and tensors are shared out over torch's threads. A trace that is not written anywhere does not ask for it.
+Weights are read to the last byte, wherever they are, and nothing is kept between two calls, so that an edit is always
+seen. SHA-256 takes 0.5 seconds per GB on a core with instructions for it (BLAKE2b: 0.7), and torch's threads share the
+tensors. A trace that is not written into a folder does not ask for it.
 """
 
 import hashlib
@@ -39,14 +39,14 @@ CHUNK_BYTES = 1 << 26
 COMPUTED_WITH = {"bos_token_id", "eos_token_id", "pad_token_id", "top_k"}
 """Entries that a generation config has too, and that some models compute with."""
 
-NOT_COMPUTED_WITH = frozenset(
-    """
-    _name_or_path name_or_path transformers_version architectures auto_map dtype torch_dtype _pre_quantization_dtype
-    attn_implementation experts_implementation return_dict torchscript gradient_checkpointing id2label label2id num_labels
-    problem_type finetuning_task task_specific_params loss_type router_aux_loss_coef initializer_range initializer_factor
-    summary_type summary_use_proj summary_activation summary_proj_to_labels chunk_size_feed_forward
-    """.split()
-) | (vars(GenerationConfig()).keys() - COMPUTED_WITH)
+_LISTED = """
+_name_or_path name_or_path transformers_version architectures auto_map dtype torch_dtype _pre_quantization_dtype
+attn_implementation experts_implementation return_dict torchscript gradient_checkpointing id2label label2id num_labels
+problem_type finetuning_task task_specific_params loss_type router_aux_loss_coef initializer_range initializer_factor
+summary_type summary_use_proj summary_activation summary_proj_to_labels chunk_size_feed_forward
+"""
+
+NOT_COMPUTED_WITH = {*_LISTED.split()} | (vars(GenerationConfig()).keys() - COMPUTED_WITH)
 """Entries of a configuration that a forward pass in evaluation mode does not depend on, or that stand elsewhere."""
 
 DROPPED = re.compile(r"dropout|pdrop|drop_?path|layerdrop|^p$")
@@ -69,10 +69,15 @@ def identity_of(tracer: "Tracer") -> dict[str, Any]:
         tracer: the model with its tokenizer.
 
     Returns:
-        weights, tokenizer (None without one), module_settings (what modules hold beside weights: epsilons, scales, which
-        adapters are active) and code (of a model that brings its own; else None) as digests; config, modules (where the
-        traced parts are) and autocast in full; hooks that others put on modules by name, because what they do cannot be
-        told; and attention, which is None for every implementation of the model's own attention.
+        weights: a digest of all bytes.
+        config: the entries that a forward pass depends on.
+        tokenizer: a digest of its tables and rules; None without one.
+        modules: where the traced parts are.
+        module_settings: a digest of what modules hold beside weights: epsilons, scales, which adapters are at work.
+        hooks: those on the model's modules, by name: what they do cannot be told.
+        code: a digest of the code that came with the model; None for a model of transformers.
+        attention: None for the model's own, however it is computed; else its name.
+        autocast: the dtype of a surrounding torch.autocast; None without one.
 
     Raises:
         ModelError: weights are neither in memory nor where accelerate keeps them.
@@ -86,7 +91,7 @@ def identity_of(tracer: "Tracer") -> dict[str, Any]:
         "module_settings": _digest(_settings(model)),
         "hooks": _hooks(model),
         "code": _code_digest(model),
-        "attention": _attention(anatomy.config),
+        "attention": _attention(anatomy.config._attn_implementation, anatomy.config.to_dict()),
         "autocast": _autocast(anatomy.device.type),
     }
 
@@ -149,8 +154,10 @@ def _offloaded(model: nn.Module, name: str) -> Tensor:
 def _pieces(value: Any) -> Iterator[Any]:
     """All that an entry of a state dict holds, as bytes."""
     if not isinstance(value, Tensor):
-        yield from (piece for item in value for piece in _pieces(item)) if isinstance(value, tuple) else (
-            repr(value).encode(),
+        yield from (
+            (piece for item in value for piece in _pieces(item))
+            if isinstance(value, tuple)
+            else (repr(value).encode(),)
         )
     elif hasattr(value, "full_tensor"):  # shared out over processes
         yield from _pieces(value.full_tensor())
@@ -262,9 +269,9 @@ def _code_digest(model: nn.Module) -> str | None:
     return _digest([path.name, path.read_text(encoding="utf-8")] for path in paths) if paths else None
 
 
-def _attention(config: Any) -> str | None:
-    name = str(config._attn_implementation)
-    capped = getattr(config, "attn_logit_softcapping", None) is not None
+def _attention(name: Any, config: Mapping[str, Any]) -> str | None:
+    """None for the model's own attention, however computed; sdpa may leave soft caps out."""
+    name, capped = str(name), config.get("attn_logit_softcapping") is not None
     return None if name in PLAIN_ATTENTION and not (capped and name == "sdpa") else name
 
 

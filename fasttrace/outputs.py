@@ -28,7 +28,7 @@ KEPT_METADATA = ("prompt", "sigma", "samples", "seed", "dtype")
 
 
 def identity(result: "TraceResult") -> dict[str, Any]:
-    """What makes a run the same run: all that changes its numbers by more than rounding, of the model by its digests."""
+    """What makes a run the same run: all that changes its numbers by more than rounding; of a model its digests."""
     return {name: result.metadata.get(name) for name in KEPT_METADATA} | {
         **result.metadata.get("identity", {}),
         "span": tuple(result.span),

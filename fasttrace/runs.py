@@ -267,8 +267,8 @@ def check_same_facts(ranks: Ranks, facts: FactSet) -> None:
     found = ranks.all(lambda: _first_difference(first, facts.facts, ranks.rank))
     rank = next(rank for rank, difference in enumerate(found) if difference)
     raise PromptError(
-        f"process {rank} has other facts than process 0 ({found[rank]}): give all processes, on every machine, the same "
-        "file of facts"
+        f"process {rank} has other facts than process 0 ({found[rank]}): give all processes, on every machine, "
+        "the same file of facts"
     )
 
 
@@ -294,8 +294,8 @@ def check_same_run(ranks: Ranks, fingerprint: Mapping[str, Any]) -> None:
         found = differences(*compared(first, other), ("in process 0", f"in process {rank}"))
         if found:
             raise PlanError(
-                f"process {rank} would not run what process 0 runs ({'; '.join(found[:SHOWN])}): give all processes, on "
-                "every machine, the same model and the same options"
+                f"process {rank} would not run what process 0 runs ({'; '.join(found[:SHOWN])}): give all processes, "
+                "on every machine, the same model and the same options"
             )
 
 

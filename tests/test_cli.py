@@ -1,6 +1,7 @@
 """The command line on a tiny random GPT-2 with a tokenizer of its own."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -174,7 +175,7 @@ def test_a_run_writes_its_files_and_the_csv_has_the_tutorials_columns(folder, tm
     assert names_in(out) == DATA_FILES
     assert names_in(out.parent) == ["run"]
     assert list(pd.read_csv(out / "mlp_activation.csv").columns) == ["layer", "pos", "prob"]
-    assert fasttrace.load(out / "trace.parquet").metadata["model"] == folder
+    assert fasttrace.load(out / "trace.parquet").metadata["model"] == os.path.basename(folder)
     assert "no figure without plotnine" in done.stdout
 
 

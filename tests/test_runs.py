@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 
 import pytest
 import torch
@@ -9,10 +10,18 @@ import torch
 import fasttrace
 from fasttrace import PlanError, PromptError, StoreError
 from fasttrace.datasets import Fact, FactSet, read_facts
-from fasttrace.runs import run, weights_hash
+from fasttrace.identity import digests
+from fasttrace.runs import run
 from fasttrace.stores import Store
-from tests.conftest import tiny_model
-from tests.run_facts import OPTIONS, SMALL, assert_same_numbers, facts_of, known_and_unknown, one_of_each
+from tests.run_facts import (
+    OPTIONS,
+    SMALL,
+    assert_same_numbers,
+    facts_of,
+    known_and_unknown,
+    one_of_each,
+    write_facts,
+)
 from tests.test_api import tracer_with_text
 from tests.test_stores import flip
 
@@ -103,14 +112,43 @@ def test_a_run_with_more_facts_computes_only_those(tracer, tmp_path, undisturbed
     assert outcome.store.description["n_facts"] == 30
 
 
-def test_noise_measured_on_the_facts_is_another_run_for_more_facts_unless_its_subjects_are_given(tracer, tmp_path):
-    few, options = read_facts(facts_of(3)), {"samples": 1, "window": 3}
-    run(tracer, few, tmp_path / "s3", **options)
-    with pytest.raises(StoreError, match=r"sigma 0\.\d+ there, 0\.\d+ here"):
-        run(tracer, read_facts(facts_of(4)), tmp_path / "s3", **options)
-    subjects = [fact.subject for fact in few]
-    run(tracer, few, tmp_path / "given", noise_subjects=subjects, **options)
-    assert run(tracer, read_facts(facts_of(4)), tmp_path / "given", noise_subjects=subjects, **options).before == 3
+def test_a_folder_keeps_its_measured_noise_when_facts_are_added_and_says_so(tracer, tmp_path):
+    options = {"samples": 1, "window": 3}
+    first = run(tracer, read_facts(facts_of(3)), tmp_path, **options)
+    again = run(tracer, read_facts(facts_of(4)), tmp_path, **options)
+    assert (again.before, again.traced) == (3, 4)
+    assert first.store.notes == ()
+    (note,) = again.store.notes
+    assert re.fullmatch(r"noise: the folder's sigma 0\.\d+ is kept; the subjects of these facts give 0\.\d+", note)
+    metadata = [record.result.metadata for record in again.store.records()]
+    assert {each["sigma"] for each in metadata} == {first.store.fingerprint["sigma"]}
+    assert [note in each["notes"] for each in metadata] == [False, False, False, True]
+    fewer = run(tracer, read_facts(facts_of(2)), tmp_path, **options)
+    assert (fewer.before, len(fewer.store.notes)) == (2, 1)
+
+
+def test_noise_measured_on_another_set_of_facts_is_refused_with_what_to_do(tracer, tmp_path):
+    options = {"samples": 1, "window": 3}
+    run(tracer, read_facts(facts_of(3)), tmp_path, **options)
+    sigma = Store.read(tmp_path).fingerprint["sigma"]
+    others = [dataclasses.replace(fact, id=f"other {fact.id}") for fact in facts_of(4)]
+    with pytest.raises(StoreError, match=rf"sigma {sigma} there, 0\.\d+ here.*--noise {sigma} .*--noise-subjects"):
+        run(tracer, read_facts(others), tmp_path, **options)
+    with pytest.raises(StoreError, match="sigma"):
+        run(tracer, read_facts(facts_of(3)), tmp_path, noise_subjects=["Seattle"], **options)
+    assert run(tracer, read_facts(facts_of(4)), tmp_path, noise=sigma, **options).before == 3  # as the message says
+
+
+def test_a_limit_changes_no_numbers(tracer, tmp_path):
+    """Noise is measured on all facts of a file, whatever part of them is traced."""
+    path = write_facts(tmp_path / "facts.jsonl", facts_of(8))
+    options = {"samples": 1, "window": 3}
+    run(tracer, read_facts(path, limit=3), tmp_path / "run", **options)
+    whole = run(tracer, read_facts(path), tmp_path / "run", **options)
+    assert (whole.before, whole.traced, whole.store.notes) == (3, 8, ())
+    assert one_of_each(whole.store).keys() == {fact.id for fact in facts_of(8)}
+    expected = run(tracer, read_facts(path), tmp_path / "undisturbed", **options)
+    assert_same_numbers(one_of_each(whole.store), one_of_each(expected.store))
 
 
 def test_a_run_that_was_interrupted_goes_on_and_equals_an_undisturbed_one_bit_for_bit(tracer, tmp_path, undisturbed):
@@ -175,8 +213,8 @@ def test_a_run_is_only_for_shards_it_knows(tracer, tmp_path):
     [
         ({"seed": 2}, "seed 1 there, 2 here"),
         ({"samples": 3}, "samples 2 there, 3 here"),
-        ({"window": 4}, "window 3 there, 4 here"),
-        ({"noise": 2.0}, "noise 1.0 there, 2.0 here"),
+        ({"window": 4}, "windows.mlp_activation 3 there, 4 here"),
+        ({"noise": 2.0}, "sigma 1.0 there, 2.0 here"),
         ({"streams": ("mlp_output",)}, r"streams \[.*\] there, \['mlp_output'\] here"),
         ({"require_correct": True}, "target 'first token of the answer' there, 'clean top token, if correct' here"),
     ],
@@ -193,8 +231,45 @@ def test_other_numbers_are_refused_with_the_difference(tracer, tmp_path, changes
 def test_another_model_of_the_same_name_is_refused(tracer, tmp_path):
     few = read_facts(facts_of(2))
     run(tracer, few, tmp_path, **SAME)
-    with pytest.raises(StoreError, match=r"another run \(weights '[0-9a-f]{16}' there, '[0-9a-f]{16}' here\)"):
+    with pytest.raises(StoreError, match=r"another run \(weights '[0-9a-f]{32}' there, '[0-9a-f]{32}' here\)"):
         run(changed_tracer(), few, tmp_path, **SAME)
+
+
+def test_the_same_model_under_another_name_goes_on_with_a_note(tracer, tmp_path):
+    run(tracer, read_facts(facts_of(2)), tmp_path, **SAME)
+    renamed = fasttrace.Tracer(tracer.model, tracer.tokenizer, name="mine", revision="main")
+    outcome = run(renamed, read_facts(facts_of(3)), tmp_path, **SAME)
+    assert outcome.before == 2
+    assert outcome.store.notes == ("model 'GPT2LMHeadModel' there, 'mine' here", "revision None there, 'main' here")
+
+
+def test_streams_in_another_order_are_the_same_run(tracer, tmp_path):
+    run(tracer, read_facts(facts_of(2)), tmp_path, streams=("block_output", "mlp_output"), **SAME)
+    outcome = run(tracer, read_facts(facts_of(3)), tmp_path, streams=("mlp_output", "block_output"), **SAME)
+    assert (outcome.before, outcome.traced) == (2, 3)
+
+
+def test_a_run_records_what_its_model_was(tracer, tmp_path):
+    store = run(tracer, read_facts(facts_of(2)), tmp_path, **SAME).store
+    identity = tracer.identity()
+    assert store.fingerprint.items() >= identity.items()
+    for record in store.records():
+        assert record.result.metadata["identity"] == digests(identity)
+
+
+def test_a_folder_of_an_earlier_version_is_read_and_not_gone_on_with(tracer, tmp_path):
+    outcome = run(tracer, read_facts(facts_of(2)), tmp_path, **SAME)
+    old = {key: value for key, value in outcome.store.fingerprint.items() if key not in ("config", "tokenizer")}
+    records = list(outcome.store.records())
+    for path in (*parts_of(tmp_path), tmp_path / "manifest.json"):
+        path.unlink()
+    Store.open(tmp_path, old | {"weights": "0123456789abcdef"}).write(records)
+    assert list(Store.read(tmp_path).records()) == records
+    for lost in (False, True):
+        if lost:
+            (tmp_path / "manifest.json").unlink()
+        with pytest.raises(StoreError, match=r"was written by an earlier version of fasttrace.*give another folder"):
+            run(tracer, read_facts(facts_of(3)), tmp_path, **SAME)
 
 
 def test_another_fact_of_the_same_id_is_refused(tracer, tmp_path):
@@ -202,22 +277,6 @@ def test_another_fact_of_the_same_id_is_refused(tracer, tmp_path):
     other = read_facts([Fact("1", "The Needle is", "The Needle")])
     with pytest.raises(StoreError, match=r"another fact '1' .*prompt 'The Needle is in downtown' there"):
         run(tracer, other, tmp_path, **SAME)
-
-
-def test_the_hash_of_weights_tells_models_apart():
-    model = tiny_model("gpt2")
-    expected = weights_hash(model)
-    assert expected == weights_hash(tiny_model("gpt2")) != weights_hash(tiny_model("llama"))
-    for parameter in model.parameters():
-        saved = parameter.detach().clone()
-        parameter.data.mul_(1.5).add_(0.1)
-        assert weights_hash(model) != expected
-        parameter.data.copy_(saved)
-    assert weights_hash(model) == expected
-
-
-def test_weights_that_are_not_in_memory_have_no_hash():
-    assert weights_hash(tiny_model("gpt2").to("meta")) is None
 
 
 # Facts that cannot be traced, or that the model does not know.

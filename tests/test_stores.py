@@ -398,8 +398,8 @@ def test_another_run_is_refused_with_what_differs(tmp_path, change, message):
 
 def test_all_differences_are_listed_at_once(tmp_path):
     new_store(tmp_path)
-    with pytest.raises(StoreError, match="model 'gpt2-xl' there, 'gpt2' here; samples 10 there, 3 here"):
-        Store.open(tmp_path / "run", FINGERPRINT | {"model": "gpt2", "samples": 3})
+    with pytest.raises(StoreError, match="samples 10 there, 3 here; seed nothing there, 2 here"):
+        Store.open(tmp_path / "run", FINGERPRINT | {"samples": 3, "seed": 2})
 
 
 def test_other_versions_are_noted_and_a_sigma_may_move_in_its_last_digits(tmp_path):
@@ -407,6 +407,9 @@ def test_other_versions_are_noted_and_a_sigma_may_move_in_its_last_digits(tmp_pa
     moved = FINGERPRINT | {"sigma": FINGERPRINT["sigma"] * (1 + 5e-7), "versions": {"torch": "2.8.0", "cuda": "13"}}
     store = Store.open(tmp_path / "run", moved)
     assert store.notes == ("torch '2.7.0' there, '2.8.0' here", "cuda nothing there, '13' here")
+    assert Store.open(tmp_path / "run", FINGERPRINT | {"model": "gpt2"}).notes == (
+        "model 'gpt2-xl' there, 'gpt2' here",
+    )
     assert store.fingerprint["sigma"] == FINGERPRINT["sigma"]
     store.write([skipped(1)])
     assert new_store(tmp_path).done == {"1"}
