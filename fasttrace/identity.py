@@ -104,10 +104,10 @@ def digests(identity: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def shown_name(name: str) -> str:
+def shown_name(name: str | os.PathLike[str]) -> str:
     """A model's name for files that are made to be shared: a folder's last name, or a model's id, and no path."""
     if not (os.path.isabs(name) or os.path.isdir(name)):
-        return name
+        return str(name)
     path = os.path.abspath(name)
     cached = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", path)
     return cached[1].replace("--", "/") if cached else Path(path).name or "model"

@@ -26,6 +26,7 @@ def start(arguments: Sequence[str], log: str, world: int, pause: float, fail: in
     """Starts `fasttrace` with some arguments in `world` processes; gives their numbers, the first is the group's.
 
     Args:
+        arguments: those of a command line; "{rank}" in them stands for a process's number.
         log: a file that gets all they say.
         pause: seconds before each pack, as if the model were larger.
         fail: the process that finds no room for its first pack; -1: none.
@@ -56,7 +57,7 @@ def _run(arguments: Sequence[str], log: str, pause: float, places: dict[str, int
         os.dup2(output, 2)
         os.environ.update({name: str(value) for name, value in places.items()}, MASTER_ADDR="127.0.0.1")
         _slow_down(pause)
-        app(list(arguments), prog_name="fasttrace")
+        app([word.replace("{rank}", str(places["RANK"])) for word in arguments], prog_name="fasttrace")
     except SystemExit as exit:
         code = exit.code or 0
     except BaseException:
