@@ -5,8 +5,8 @@ store, the check of a trace's folder and the metadata of results are made of the
 is called, how its files are cut and on which devices its weights are makes no difference.
 
 Weights are read to the last byte, wherever they are, and nothing is kept between two calls, so that an edit is always
-seen. SHA-256 takes 0.5 seconds per GB on a core with instructions for it (BLAKE2b: 0.7), and torch's threads share the
-tensors. A trace that is not written into a folder does not ask for it.
+seen. SHA-256 takes 0.5 to 1 second per GB on a core with instructions for it (BLAKE2b half as much again), and torch's
+threads share the tensors. A trace that is not written into a folder does not ask for it.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ COMPUTED_WITH = {"bos_token_id", "eos_token_id", "pad_token_id", "top_k"}
 """Entries that a generation config has too, and that some models compute with."""
 
 _LISTED = """
-_name_or_path name_or_path transformers_version architectures auto_map dtype torch_dtype _pre_quantization_dtype
+transformers_version architectures auto_map dtype torch_dtype _pre_quantization_dtype
 attn_implementation experts_implementation return_dict torchscript gradient_checkpointing id2label label2id num_labels
 problem_type finetuning_task task_specific_params loss_type router_aux_loss_coef initializer_range initializer_factor
 summary_type summary_use_proj summary_activation summary_proj_to_labels chunk_size_feed_forward
@@ -49,7 +49,7 @@ summary_type summary_use_proj summary_activation summary_proj_to_labels chunk_si
 NOT_COMPUTED_WITH = {*_LISTED.split()} | (vars(GenerationConfig()).keys() - COMPUTED_WITH)
 """Entries of a configuration that a forward pass in evaluation mode does not depend on, or that stand elsewhere."""
 
-DROPPED = re.compile(r"dropout|pdrop|drop_?path|layerdrop|^p$")
+DROPPED = re.compile(r"dropout|pdrop|drop_?path|layerdrop|^p$|name_or_path$")
 CHANGED_BY_USE = {"training", "inplace", "max_seq_len_cached", "original_max_seq_len"}
 
 PLAIN_ATTENTION = {"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"}
@@ -146,21 +146,20 @@ def _offloaded(model: nn.Module, name: str) -> Tensor:
     words = name.split(".")
     for cut in range(len(words) - 1, -1, -1):
         hook = getattr(model.get_submodule(".".join(words[:cut])), "_hf_hook", None)
-        with suppress(KeyError, TypeError):  # the hook of another place, or none
-            return getattr(hook, "weights_map", None)[".".join(words[cut:])]
+        kept: Any = getattr(hook, "weights_map", None) or {}
+        with suppress(KeyError):  # the hook of another place
+            return kept[".".join(words[cut:])]
     raise ModelError(f"the weight {name} is not in memory, and accelerate keeps it nowhere: load the model anew")
 
 
 def _pieces(value: Any) -> Iterator[Any]:
     """All that an entry of a state dict holds, as bytes."""
-    if not isinstance(value, Tensor):
-        yield from (
-            (piece for item in value for piece in _pieces(item))
-            if isinstance(value, tuple)
-            else (repr(value).encode(),)
-        )
-    elif hasattr(value, "full_tensor"):  # shared out over processes
-        yield from _pieces(value.full_tensor())
+    if isinstance(value, tuple):
+        yield from (piece for item in value for piece in _pieces(item))
+    elif not isinstance(value, Tensor):
+        yield repr(value).encode()
+    elif (whole := getattr(value, "full_tensor", None)) is not None:  # shared out over processes
+        yield from _pieces(whole())
     elif is_traceable_wrapper_subclass(value):  # packed, as torchao's
         names, about = value.__tensor_flatten__()
         yield f"{type(value).__name__} {about}".encode()

@@ -323,8 +323,11 @@ class Store:
 
 
 def _notes(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[str, ...]:
-    noted = [{**(side.get(VERSIONS) or {}), **{key: side.get(key) for key in NOTED[:-1]}} for side in (there, here)]
-    return tuple(differences(*noted))
+    left, right = (
+        {**(side.get(VERSIONS) or {}), **{key: side.get(key) for key in NOTED if key != VERSIONS}}
+        for side in (there, here)
+    )
+    return tuple(differences(left, right))
 
 
 def _by_number(fact_id: str) -> tuple[list[tuple[int, str]], str]:

@@ -400,6 +400,20 @@ def test_a_limit_counts_facts_and_leaves_the_rest_unread():
     assert read_facts([GOOD, {}], limit=1, strict=True).bad == ()
 
 
+def test_the_subjects_behind_a_limit_are_known_where_the_source_is_there_as_a_whole(tmp_path):
+    rows = [{"id": str(n), "prompt": f"Fact {n} is in", "subject": f"Fact {n}"} for n in range(4)]
+    bad = [{"prompt": "no subject"}, rows[1]]
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps([*rows[:2], *bad, *rows[2:]]))
+    everything = read_facts(path)
+    assert everything.subjects == ("Fact 0", "Fact 1", "Fact 2", "Fact 3")
+    for source in (path, json.loads(path.read_text()), pd.DataFrame(rows), everything):
+        found = read_facts(source, limit=1, strict=True)
+        assert (len(found), found.bad, found.subjects) == (1, (), everything.subjects)
+        assert read_facts(found).subjects == everything.subjects
+    assert read_facts(iter(rows), limit=1).subjects == ("Fact 0",)
+
+
 @pytest.mark.parametrize("limit", [0, -1])
 def test_a_limit_below_one_is_refused(limit):
     with pytest.raises(PromptError, match=f"limit is {limit}: give at least 1"):

@@ -1,6 +1,7 @@
 """What makes a model the same model: everything that is computed with, and nothing else."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -110,7 +111,7 @@ def test_weights_that_accelerate_keeps_in_main_memory_are_read_there():
 
 
 def test_weights_that_are_nowhere_are_an_error():
-    with pytest.raises(fasttrace.ModelError, match="the weight transformer.wte.weight is not in memory"):
+    with pytest.raises(fasttrace.ModelError, match=r"the weight transformer\.wte\.weight is not in memory"):
         weights_digest(tiny_model("gpt2").to("meta"))
 
 
@@ -141,12 +142,15 @@ def test_a_trace_changes_nothing_and_an_attention_implementation_is_only_a_way_t
 
 
 def test_only_where_soft_caps_may_be_left_out_the_attention_implementation_counts():
-    implementations = {}
-    for name in ("eager", "sdpa"):
-        model = tiny_model("gemma2")
-        model.set_attn_implementation(name)
-        implementations[name] = fasttrace.Tracer(model).identity()["attention"]
-    assert implementations == {"eager": None, "sdpa": "sdpa"}
+    counted = {}
+    for family in ("gemma2", "llama"):
+        tracer = fasttrace.Tracer(tiny_model(family))
+        for name in ("eager", "sdpa", "my_own"):
+            tracer.model.config._attn_implementation_internal = name
+            counted[family, name] = tracer.identity()["attention"]
+    capped, plain = ({name: counted[family, name] for name in ("eager", "sdpa")} for family in ("gemma2", "llama"))
+    assert (capped, plain) == ({"eager": None, "sdpa": "sdpa"}, {"eager": None, "sdpa": None})
+    assert counted["llama", "my_own"] == "my_own"
 
 
 # Another model.
@@ -222,10 +226,8 @@ def test_every_other_entry_of_a_configuration_counts_and_is_named(saved, folder,
 
 
 def test_nested_entries_of_a_configuration_count():
-    models = [
-        tiny_model("llama", rope_parameters={"rope_type": "default", "rope_theta": theta}) for theta in (1e4, 1e5)
-    ]
-    first, second = (fasttrace.Tracer(model).identity() for model in models)
+    ropes = [{"rope_type": "default", "rope_theta": theta} for theta in (1e4, 1e5)]
+    first, second = (fasttrace.Tracer(tiny_model("llama", rope_parameters=rope)).identity() for rope in ropes)
     assert found(first, second) == ["config.rope_parameters.rope_theta"]
 
 
@@ -356,7 +358,7 @@ def test_a_traces_folder_takes_the_same_model_from_elsewhere_and_no_edited_one(f
     assert "holds another run (config '" in done.stderr
     result = fasttrace.load(out / "trace.parquet")
     unknown = {name: value for name, value in result.metadata.items() if name != "identity"}
-    fasttrace.results.dataclasses.replace(result, metadata=unknown).save(out / "trace.parquet")
+    dataclasses.replace(result, metadata=unknown).save(out / "trace.parquet")
     done = fasttrace_command(*request, "--model", elsewhere)
     assert "holds a run that does not say on which weights it was made" in done.stderr
 
