@@ -394,6 +394,12 @@ def test_a_name_is_an_id_or_the_last_name_of_a_folder(name, shown):
 def test_a_folder_by_a_relative_path_has_its_own_name(folder, monkeypatch):
     monkeypatch.chdir(folder)
     assert (shown_name("."), shown_name("../model/")) == ("model", "model")
+    assert loaded(".").name == "model"
+
+
+def test_paths_in_a_configuration_are_cut_to_their_last_name(folder):
+    edit(folder / "config.json", quantized_on={"data": "/home/alice/texts"})
+    assert loaded(folder).identity()["config"]["quantized_on"] == {"data": "texts"}
 
 
 def test_a_name_that_is_given_stays_unless_it_is_a_path(saved):
@@ -472,6 +478,21 @@ def test_processes_with_different_facts_all_refuse_and_name_the_first(saved, tmp
     (tmp_path / "facts1.jsonl").write_text("".join(text.splitlines(keepends=True)[:8]))
     codes, said = started(launcher, tmp_path, saved, tmp_path / "facts{rank}.jsonl")
     assert "(fact '8' in process 0, None in process 1)" in said
+
+
+def test_a_trial_goes_on_with_more_facts_in_two_processes_with_its_noise(saved, tmp_path, launcher):
+    facts = write_facts(tmp_path / "facts.jsonl", facts_of(6))
+    request = ("run", "--model", saved, "--facts", facts, "--out", tmp_path / "run", "--samples", 1, "--window", 3)
+    assert launcher.run(*request, "--limit", 2)[0] == [0, 0]
+    codes, said = launcher.run(*request)
+    assert codes == [0, 0], said
+    assert "note: noise" not in said
+    write_facts(facts, facts_of(9))
+    codes, said = launcher.run(*request)
+    assert codes == [0, 0], said
+    assert said.count("note: noise: the folder's sigma ") == 1
+    sigmas = {record.result.metadata["sigma"] for record in Store.read(tmp_path / "run").records()}
+    assert len(sigmas) == 1
 
 
 def test_processes_with_different_models_all_refuse_and_say_in_what(saved, tmp_path, launcher):
