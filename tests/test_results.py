@@ -267,6 +267,7 @@ def test_any_bits_and_any_unicode_survive_the_file(data, tmp_path_factory):
         prob_std=grids[1],
         tokens=tokens,
         token_ids=range(len(tokens)),
+        span=(0, 1),
         clean_prob=data.draw(any_float),
         target=data.draw(any_text),
         windows={"block_output": 1, "mlp_output": 3},
