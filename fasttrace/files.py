@@ -202,9 +202,7 @@ def _read_table(path: Path) -> pa.Table:
     try:
         content = read_regular(path)
     except FileNotFoundError as error:
-        raise StoreError(
-            f"nothing at {path}: expected a file written by TraceResult.save; check the path"
-        ) from error
+        raise StoreError(f"nothing at {path}: expected a file written by TraceResult.save; check the path") from error
     try:
         table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True, use_threads=False)
         table.validate(full=True)

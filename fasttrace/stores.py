@@ -139,9 +139,7 @@ class Store:
         """Parts in the folder that are not what was written; empty after `check`."""
         return tuple(self._scan())
 
-    def describe(
-        self, name: str, n_facts: int, bad_rows: Sequence[Any] = (), ids: Sequence[str] | None = None
-    ) -> None:
+    def describe(self, name: str, n_facts: int, bad_rows: Sequence[Any] = (), ids: Sequence[str] | None = None) -> None:
         """Writes into the manifest what the run was asked for; it is not compared when a run goes on.
 
         Args:
@@ -268,7 +266,7 @@ class Store:
         Raises:
             StoreError: a part was damaged or removed since the store was opened, or holds what no run writes.
         """
-        shown = self._told(shown)
+        shown = self.told(shown)
         places = self._placed(shown)
         shelf = self._shelf(places)
         for name, row in places.values():
@@ -289,7 +287,7 @@ class Store:
         Raises:
             StoreError: a part was damaged or removed since the store was opened.
         """
-        places = self._placed(self._told(shown))
+        places = self._placed(self.told(shown))
         names = sorted({name for name, _ in places.values()})
         columns = [field.name for field in TABLE_SCHEMA]
         return _facts_frame([read_part(self.folder / PARTS / name, columns)[0] for name in names], list(places))
@@ -304,9 +302,7 @@ class Store:
         shelf = self._shelf(places)
         columns = [field.name for field in TABLE_SCHEMA]
         tables = (shelf.table(name).select(columns) for name in sorted({name for name, _ in places.values()}))
-        records = (
-            decode_record(shelf.table(name), row, self.folder / PARTS / name) for name, row in places.values()
-        )
+        records = (decode_record(shelf.table(name), row, self.folder / PARTS / name) for name, row in places.values())
         return _facts_frame(tables, list(places)), records
 
     def frame(self, shown: Coverage | None = None) -> pd.DataFrame:
@@ -329,8 +325,8 @@ class Store:
                 frames.append(cells)
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(FRAME_COLUMNS))
 
-    def _told(self, shown: Coverage | None) -> Coverage:
-        """The facts to show; a caller who did not ask which they are is told what is missing."""
+    def told(self, shown: Coverage | None) -> Coverage:
+        """The facts to show; a caller who did not choose them is told, by a warning, what is missing or left out."""
         if shown is not None:
             return shown
         shown = self.coverage()

@@ -100,12 +100,12 @@ def test_ids_that_are_no_file_names_stay_inside_the_folder_and_apart_from_each_o
     assert paths[-1].is_file()
 
 
-def test_facts_that_are_written_while_an_export_runs_wait_for_the_next(tmp_path, monkeypatch):
+def test_facts_that_are_written_while_an_export_runs_wait_for_the_next(tmp_path):
     store = store_of(tmp_path, traced(1))
-    before = store.facts()
+    before = store.coverage()
     Store.open(tmp_path / "run", FINGERPRINT).write([traced(2)])
-    monkeypatch.setattr(store, "facts", lambda: before)
-    assert len(export(store, tmp_path / "out", "csv")) == 4
+    assert store.done == {"1", "2"}
+    assert len(export(store, tmp_path / "out", "csv", shown=before)) == 4
 
 
 def test_an_unknown_format_and_a_store_without_traces_are_refused(tmp_path):

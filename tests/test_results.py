@@ -257,7 +257,10 @@ def test_any_bits_and_any_unicode_survive_the_file(data, tmp_path_factory):
     shape = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 4)))
     any_float = st.floats(width=64)
     grids = [
-        {stream: data.draw(hnp.arrays(np.float64, shape, elements=any_float)) for stream in ("block_output", "mlp_output")}
+        {
+            stream: data.draw(hnp.arrays(np.float64, shape, elements=any_float))
+            for stream in ("block_output", "mlp_output")
+        }
         for _ in range(2)
     ]
     any_text = st.text(st.characters(exclude_categories=()), max_size=3)
