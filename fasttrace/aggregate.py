@@ -175,9 +175,10 @@ def average(
         raise PlanError(f"bootstrap={bootstrap}: ask for 0 draws or more")
     for record in records:
         gathered.add(record)
-    weights = _weights(len(gathered.check().sums), bootstrap, seed)
+    notes = tuple(notes)
+    weights = _weights(len(gathered.check(notes).sums), bootstrap, seed)
     with np.errstate(over="ignore", invalid="ignore"):  # of effects over a total effect of nearly 0
-        return gathered.averages(weights, tuple(notes))
+        return gathered.averages(weights, notes)
 
 
 def token_roles(span: tuple[int, int], n_positions: int, compat: str | None = None) -> np.ndarray:
@@ -276,12 +277,11 @@ class _Gathered:
             squares = (grids**2 @ roles).swapaxes(1, 2)
             self.sums.append(_FactSums(roles.sum(axis=0), values, squares, _fact_totals(result)))
 
-    def check(self) -> "_Gathered":
+    def check(self, notes: tuple[str, ...]) -> "_Gathered":
         if not self.sums:
-            raise PlanError(
-                f"no fact to average ({self.skipped} skipped, {self.wrong} that the model does not know, "
-                f"{self.undefined} with a total effect of 0): trace at least one"
-            )
+            counts = f"{self.skipped} skipped, {self.wrong} that the model does not know"
+            found = "; ".join([f"{counts}, {self.undefined} with a total effect of 0", *notes])
+            raise PlanError(f"no fact to average ({found}): trace at least one")
         return self
 
     def averages(self, weights: np.ndarray, notes: tuple[str, ...]) -> Averages:

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 __all__ = ["Coverage"]
 
+SHOWN = 3
+"""Damaged parts that the notes name."""
+
 
 @dataclass(frozen=True)
 class Coverage:
@@ -14,7 +17,7 @@ class Coverage:
         traced: of the facts to show, how many have a trace.
         skipped: of the facts to show, how many were skipped, with a reason.
         missing: how many that were asked for are not there.
-        damaged: how many parts cannot be used, whatever was in them.
+        damaged: of each part that cannot be used the reason, whatever was in it.
         further: how many facts are in the folder that the run was not asked for, such as rows that are no longer in
             its facts file.
         everything: whether the further facts are among those to show.
@@ -25,7 +28,7 @@ class Coverage:
     traced: int
     skipped: int
     missing: int
-    damaged: int
+    damaged: tuple[str, ...]
     further: int
     everything: bool
     ids: tuple[str, ...]
@@ -38,10 +41,10 @@ class Coverage:
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences for people; none when all that was asked for is there and nothing else."""
-        return tuple(note for note in (self._amount(), self._others()) if note)
+        return tuple(note for note in (self._amount(), *self.damaged[:SHOWN], self._others()) if note)
 
     def _amount(self) -> str:
-        parts = f"{_counted(self.damaged, 'part')} damaged"
+        parts = f"{_counted(len(self.damaged), 'part')} damaged"
         if self.complete:
             return f"all {self.asked} facts; {parts}, whose facts are in other parts" if self.damaged else ""
         again = "start the same run again to trace the others"

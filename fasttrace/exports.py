@@ -82,7 +82,8 @@ def export(
     _earlier(out, kind)
     shown = store.told(shown)
     if not shown.traced:
-        raise StoreError(f"{store.folder} holds no traced facts, only {shown.skipped} skipped: run it to its end first")
+        found = "; ".join([f"only {shown.skipped} skipped", *shown.notes])
+        raise StoreError(f"{store.folder} holds no traced facts, {found}: run it to its end first")
     with one_set(out, made.table, lambda folder: _earlier(folder, kind)) as scratch:
         facts, records = store.facts_and_records(shown)
         paths = made.write(records, scratch, facts)

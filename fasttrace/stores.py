@@ -232,7 +232,7 @@ class Store:
         Raises:
             StoreError: a file cannot be read, or is another run's.
         """
-        damaged = len(self._scan())
+        damaged = tuple(self._scan().values())
         places = self._places()
         named = self._facts.get("ids")
         wanted = places.keys() if named is None else set(named)
@@ -374,17 +374,17 @@ class Store:
             raise StoreError(f"cannot list {self.folder / PARTS} ({error}): give a folder you may read") from error
         return [path for path in paths if path.suffix == ".parquet" and not path.name.startswith(TEMPORARY)]
 
-    def _scan(self) -> list[Path]:
-        """Looks at the parts that were not looked at before, or were damaged; gives those that are."""
+    def _scan(self) -> dict[Path, str]:
+        """Looks at the parts that were not looked at before, or were damaged; gives those that are, and why."""
         # One listing: a part that another process adds meanwhile is not looked at, so it is not damaged either.
-        damaged = []
+        damaged = {}
         for path in self._paths():
             if path.name not in self._ids:
                 try:
                     self._look_into(path)
-                except DamagedPartError:
+                except DamagedPartError as error:
                     if os.path.lexists(path):  # or else another process has set it aside
-                        damaged.append(path)
+                        damaged[path] = str(error).replace(str(path), path.name)
         return damaged
 
     def _look_into(self, path: Path) -> None:
