@@ -96,8 +96,10 @@ def _replace(target: Path, scratch: Path, mark: str, stale: set[str]) -> None:
     for name in {*stale, *names}:
         if (target / name).parent.is_symlink() and (target / name).parent != target:
             raise StoreError(f"{(target / name).parent} is a link to another folder: give another folder with --out")
+    (target / JOURNAL).unlink(missing_ok=True)  # a link, should it be one, and not what it leads to
+    with (target / JOURNAL).open("x") as journal:
+        json.dump(sorted({*stale, *names}), journal)
     (target / mark).unlink(missing_ok=True)
-    (target / JOURNAL).write_text(json.dumps(sorted({*stale, *names})))
     for name in stale:
         (target / name).unlink(missing_ok=True)
     for parent in {(target / name).parent for name in stale} - {target}:
