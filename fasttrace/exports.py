@@ -22,6 +22,7 @@ formulas, those that begin with = + - @, a tab or a line break and are no number
 ``spreadsheet_safe=False`` writes them as they are.
 """
 
+import csv
 import io
 import os
 import re
@@ -38,6 +39,7 @@ from fasttrace.errors import StoreError
 from fasttrace.file_sets import one_set
 from fasttrace.files import atomic_write
 from fasttrace.names import is_plain, plain_names
+from fasttrace.parts import FACT_COLUMNS
 from fasttrace.received import NONSENSE, expect, read_regular
 from fasttrace.results import TraceResult
 from fasttrace.rome import ROME_KINDS, rome_file_name
@@ -46,6 +48,7 @@ from fasttrace.stores import Record, Store
 __all__ = ["EXPORTS", "export"]
 
 COVERAGE_FILE = "coverage.txt"
+TEXT_COLUMNS = (*FACT_COLUMNS, "reason", "target_token")
 FORMULA = re.compile(r"[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 """What a text begins with that a spreadsheet computes; the wide signs do it too where such are typed."""
 NUMBER = re.compile(r"[+-]?[0-9]+([.][0-9]+)?([eE][+-]?[0-9]+)?")
@@ -154,8 +157,11 @@ def _folders(ids: Iterable[str]) -> dict[str, str]:
 
 
 def _write_table(frame: pd.DataFrame, path: Path) -> Path:
+    # A text with \r and without quotes would end the row to most readers.
+    broken = any(frame[name].astype(str).str.contains("\r", regex=False).any() for name in TEXT_COLUMNS)
+    quoting = csv.QUOTE_NONNUMERIC if broken else csv.QUOTE_MINIMAL
     with atomic_write(path) as temporary:
-        frame.to_csv(temporary, index=False, lineterminator="\n")
+        frame.to_csv(temporary, index=False, lineterminator="\n", quoting=quoting)
     return path
 
 
