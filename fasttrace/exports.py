@@ -167,7 +167,7 @@ def _write_table(frame: pd.DataFrame, path: Path) -> Path:
 
 def _safe(facts: pd.DataFrame) -> pd.DataFrame:
     """The table with an apostrophe before texts that would be formulas; numbers stay."""
-    return facts.apply(lambda column: column.map(_no_formula) if column.dtype.kind not in "fiub" else column)
+    return facts.assign(**{name: facts[name].map(_no_formula) for name in (*TEXT_COLUMNS, "folder") if name in facts})
 
 
 def _no_formula(cell: Any) -> Any:

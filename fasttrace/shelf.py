@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -54,7 +55,7 @@ class Shelf:
             file.flush()
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
-    def _fill(self, file: "io.BytesIO | tempfile._TemporaryFileWrapper[bytes]", paths: Sequence[Path]) -> None:
+    def _fill(self, file: Any, paths: Sequence[Path]) -> None:
         for path in paths:
             table, begin = read_part(path)[0], file.tell()
             with pa.ipc.new_stream(file, table.schema) as stream:

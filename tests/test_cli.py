@@ -241,9 +241,9 @@ def test_an_overwrite_that_is_cut_short_leaves_no_data_file_and_is_refused_until
             raise KeyboardInterrupt
         return right(old, new)
 
-    monkeypatch.setattr(os, "replace", cut)
-    assert trace(folder, "--out", out, "--seed", 2, "--overwrite").exit_code == 130
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", cut)
+        assert trace(folder, "--out", out, "--seed", 2, "--overwrite").exit_code == 130
     assert "trace.parquet" not in names_in(out)
     done = trace(folder, "--out", out, "--seed", 2)
     assert done.exit_code == 2
