@@ -46,6 +46,7 @@ class Averages:
         skipped: how many records have no result.
         wrong: how many facts ``compat="rome"`` left out because the model did not know the answer.
         undefined: how many facts have a total effect of 0, and so no normalized effect.
+        notes: what else has to be known, such as facts that are missing.
     """
 
     value: str
@@ -58,6 +59,7 @@ class Averages:
     skipped: int
     wrong: int
     undefined: int
+    notes: tuple[str, ...]
     _cells: pd.DataFrame = field(repr=False)
     _totals: pd.DataFrame = field(repr=False)
 
@@ -135,6 +137,7 @@ def average(
     compat: str | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
+    notes: Iterable[str] = (),
 ) -> Averages:
     """Averages grids over facts, token by token, for every role of a token, stream and block.
 
@@ -158,6 +161,7 @@ def average(
             ``token_roles``), and without facts whose ``correct`` is False.
         bootstrap: how many draws; 0 for none, which leaves NaN in boot_low and boot_high.
         seed: of the bootstrap.
+        notes: sentences to keep with the averages, such as those of `Coverage`.
 
     Returns:
         The averages.
@@ -171,8 +175,10 @@ def average(
         raise PlanError(f"bootstrap={bootstrap}: ask for 0 draws or more")
     for record in records:
         gathered.add(record)
-    weights = _weights(len(gathered.check().sums), bootstrap, seed)
-    return gathered.averages(weights)
+    notes = tuple(notes)
+    weights = _weights(len(gathered.check(notes).sums), bootstrap, seed)
+    with np.errstate(over="ignore", invalid="ignore"):  # of effects over a total effect of nearly 0
+        return gathered.averages(weights, notes)
 
 
 def token_roles(span: tuple[int, int], n_positions: int, compat: str | None = None) -> np.ndarray:
@@ -266,19 +272,19 @@ class _Gathered:
         if not np.isfinite(grids).all():
             raise PlanError(f"fact {name!r} has cells that are not finite: trace it again, or leave it out")
         roles = token_roles(result.span, result.n_positions, self.compat).astype(float)
-        values = (grids @ roles).swapaxes(1, 2)
-        squares = (grids**2 @ roles).swapaxes(1, 2)
-        self.sums.append(_FactSums(roles.sum(axis=0), values, squares, _fact_totals(result)))
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = (grids @ roles).swapaxes(1, 2)
+            squares = (grids**2 @ roles).swapaxes(1, 2)
+            self.sums.append(_FactSums(roles.sum(axis=0), values, squares, _fact_totals(result)))
 
-    def check(self) -> "_Gathered":
+    def check(self, notes: tuple[str, ...]) -> "_Gathered":
         if not self.sums:
-            raise PlanError(
-                f"no fact to average ({self.skipped} skipped, {self.wrong} that the model does not know, "
-                f"{self.undefined} with a total effect of 0): trace at least one"
-            )
+            counts = f"{self.skipped} skipped, {self.wrong} that the model does not know"
+            found = "; ".join([f"{counts}, {self.undefined} with a total effect of 0", *notes])
+            raise PlanError(f"no fact to average ({found}): trace at least one")
         return self
 
-    def averages(self, weights: np.ndarray) -> Averages:
+    def averages(self, weights: np.ndarray, notes: tuple[str, ...]) -> Averages:
         assert self.first is not None
         return Averages(
             value=self.value,
@@ -291,6 +297,7 @@ class _Gathered:
             skipped=self.skipped,
             wrong=self.wrong,
             undefined=self.undefined,
+            notes=notes,
             _cells=_cell_frame(self.sums, self.first, weights),
             _totals=_totals_frame(self.sums, self.first, weights),
         )

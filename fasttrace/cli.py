@@ -1,6 +1,8 @@
 """The command line. It parses, shows progress, prints and chooses exit codes; everything else is in the API.
 
-Exit codes: 0 done, 1 `verify` found other numbers, 2 an error that a message explains, 130 interrupted.
+Exit codes: 0 done, 1 `verify` found other numbers, 2 an error that a message explains, or a run in which nothing could
+be traced, 3 what was written goes over fewer facts than the run was asked for (0 with --allow-incomplete), 130
+interrupted.
 """
 
 import json
@@ -326,9 +328,8 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
 
 
 def _write(result: "TraceResult", out: Path, overwrite: bool, say: Callable[[str], None] = typer.echo) -> None:
-    outputs.check_folder(out, outputs.identity(result), overwrite)
     figure = find_spec("plotnine") is not None
-    paths = outputs.write_run(result, out, figure=figure)
+    paths = outputs.write_run(result, out, figure=figure, overwrite=overwrite)
     say("\nwrote\n" + "\n".join(f"  {path}" for path in paths))
     if not figure:
         say(f'no figure without plotnine: pip install "fasttrace[plot]", then fasttrace plot {out}')

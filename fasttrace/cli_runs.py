@@ -30,13 +30,26 @@ from fasttrace.cli_options import (
     module_paths,
     number_or_text,
     read_subjects,
+    tell,
 )
+from fasttrace.errors import StoreError
 
 if TYPE_CHECKING:
     from fasttrace.aggregate import Averages
+    from fasttrace.coverage import Coverage
     from fasttrace.runs import Outcome
 
 Folder = Annotated[Path, typer.Argument(help="Folder of a run.")]
+Everything = Annotated[
+    bool, typer.Option("--everything", help="Show also facts in the folder that the run was not last asked for.")
+]
+AllowIncomplete = Annotated[
+    bool, typer.Option("--allow-incomplete", help="Exit with 0 although facts are missing; it is said all the same.")
+]
+AVERAGES, NOTES = "averages.csv", "coverage.txt"
+AVERAGES_FILES = (AVERAGES, "averages_totals.csv", NOTES, "roles.png", "lines.png")
+INCOMPLETE = 3
+"""Exit code of a command that has written what there is, which is less than was asked for."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -98,6 +111,10 @@ def run(
         outcome = run_facts(tracer, found, out, ranks=ranks, shard=shard, progress=progress, **options)
     if ranks.is_first:
         typer.echo(_summary(outcome, out))
+    if not outcome.traced:
+        if ranks.is_first:
+            tell(f"error: none of the {outcome.facts} facts could be traced: {_commonest_reason(outcome)}")
+        raise typer.Exit(2)
 
 
 def _say_only_errors() -> None:
@@ -115,21 +132,65 @@ def _summary(outcome: "Outcome", out: Path) -> str:
         lines.append(
             f"malformed rows of {about['name']}, skipped: {len(about['bad_rows'])}, see {out / 'manifest.json'}"
         )
+    shown = outcome.store.coverage()
+    lines += [f"note: {note}" for note in shown.notes]
+    if not outcome.traced:
+        return "\n".join(lines)
     return "\n".join([*lines, f"next: fasttrace report {out}, fasttrace average {out}, fasttrace export {out}"])
+
+
+def _commonest_reason(outcome: "Outcome") -> str:
+    reasons = outcome.store.facts(outcome.store.coverage())["reason"].value_counts()
+    if not len(reasons):
+        return "no reason is given"
+    return f"{reasons.index[0]} ({reasons.iloc[0]} of them)" if len(reasons) > 1 else str(reasons.index[0])
+
+
+def _say(shown: "Coverage", allow_incomplete: bool) -> None:
+    """Says what was missing or left out, and ends with `INCOMPLETE` where facts are missing."""
+    for note in shown.notes:
+        tell(f"note: {note}")
+    if not shown.complete and not allow_incomplete:
+        raise typer.Exit(INCOMPLETE)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Where a command writes by default; a folder from someone else may have a link there that leads elsewhere.
+
+    Raises:
+        StoreError: it has one.
+    """
+    where = folder / name
+    if where.is_symlink():
+        raise StoreError(f"{where} is a link to {where.resolve()}: say where to write with --out")
+    return where
 
 
 def export(
     folder: Folder,
     format: Annotated[str, typer.Option(help="rome-npz: ROME's case files; csv: a CSV per fact and stream.")] = "csv",
     out: Annotated[Path | None, typer.Option(help="Where to; default: a folder in the run's.")] = None,
+    spreadsheet_safe: Annotated[
+        bool,
+        typer.Option(
+            "--spreadsheet-safe/--texts-as-they-are",
+            help="In the table of facts, begin texts that a spreadsheet would take for formulas with an apostrophe.",
+        ),
+    ] = True,
+    everything: Everything = False,
+    allow_incomplete: AllowIncomplete = False,
 ) -> None:
     """Write a run's facts in other formats."""
+    from fasttrace.exports import EXPORTS
     from fasttrace.exports import export as export_store
     from fasttrace.stores import Store
 
-    where = out or folder / format
-    paths = export_store(Store.read(folder), where, format)
+    store = Store.read(folder)
+    shown = store.coverage(everything)
+    where = out or (_inside(folder, format) if format in EXPORTS else folder)
+    paths = export_store(store, where, format, shown=shown, spreadsheet_safe=spreadsheet_safe)
     typer.echo(f"wrote {len(paths)} files to {where}")
+    _say(shown, allow_incomplete)
 
 
 def average(
@@ -141,18 +202,30 @@ def average(
     bootstrap: Annotated[int, typer.Option(help="Draws of the bootstrap intervals.", min=1)] = 1000,
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(help="Where to; default: averages in the run's folder.")] = None,
+    everything: Everything = False,
+    allow_incomplete: AllowIncomplete = False,
 ) -> None:
     """Average a run's grids by token role, as in the paper's second figure: CSV files and figures."""
     from fasttrace.aggregate import average as average_records
+    from fasttrace.file_sets import check_writable, one_set
     from fasttrace.stores import Store
 
-    averages = average_records(Store.read(folder).records(), value=value, compat=compat, bootstrap=bootstrap, seed=seed)
-    where = out or folder / "averages"
-    paths = averages.save_csv(where / "averages.csv")
-    if find_spec("plotnine") is not None:
-        paths += _averages_drawn(averages, where)
+    where = out or _inside(folder, "averages")
+    check_writable(where)
+    store = Store.read(folder)
+    shown = store.coverage(everything)
+    options = {"value": value, "compat": compat, "bootstrap": bootstrap, "seed": seed, "notes": shown.notes}
+    averages = average_records(store.records(shown), **options)
+    with one_set(where, AVERAGES, lambda _: AVERAGES_FILES) as scratch:
+        paths = averages.save_csv(scratch / AVERAGES)
+        if shown.notes:
+            paths.append(scratch / NOTES)
+            paths[-1].write_text("".join(f"{note}\n" for note in shown.notes), encoding="utf-8")
+        if find_spec("plotnine") is not None:
+            paths += _averages_drawn(averages, scratch)
     typer.echo(summary.averages_text(averages))
-    typer.echo("\nwrote\n" + "\n".join(f"  {path}" for path in paths))
+    typer.echo("\nwrote\n" + "\n".join(f"  {where / path.name}" for path in paths))
+    _say(shown, allow_incomplete)
 
 
 def _averages_drawn(averages: "Averages", where: Path) -> list[Path]:
@@ -167,15 +240,23 @@ def _averages_drawn(averages: "Averages", where: Path) -> list[Path]:
 def report(
     folder: Folder,
     out: Annotated[Path | None, typer.Option(help="The page; default: report.html in the run's folder.")] = None,
+    everything: Everything = False,
+    allow_incomplete: AllowIncomplete = False,
 ) -> None:
     """Write a run as one HTML page that works without a network: averages, a table of facts, their grids."""
     from fasttrace.report import write_report
     from fasttrace.stores import Store
 
     store = Store.read(folder)
+    shown = store.coverage(everything)
     about = store.description
-    bad_rows = about.get("bad_rows", ())
     path = write_report(
-        store.records(), out or folder / "report.html", title=about.get("name"), bad_rows=bad_rows, notes=store.notes
+        store.records(shown),
+        out or folder / "report.html",
+        title=about.get("name"),
+        bad_rows=about.get("bad_rows", ()),
+        notes=(*store.notes, *shown.notes),
+        missing=shown.missing,
     )
     typer.echo(f"wrote {path}")
+    _say(shown, allow_incomplete)

@@ -5,7 +5,7 @@
     OUT/cases/knowledge_12.npz  OUT/cases/knowledge_12_mlp.npz  OUT/cases/knowledge_12_attn.npz
     OUT/cases.csv               which number is which fact
 
-A fact's number is its id when every id in the store is a whole number, as in ROME's own facts; otherwise facts are
+A fact's number is its id when every id that is written is a whole number, as in ROME's own facts; otherwise facts are
 numbered from 0 in the store's order. When both `mlp_activation` and `mlp_output` were traced, which ROME gives one
 name, the first is written.
 
@@ -15,64 +15,108 @@ name, the first is written.
     OUT/facts.csv               every fact, its folder, probabilities, or why it was skipped
 
 A folder has the fact's id as its name, with characters that are not safe in file names written as ``%2F``.
+
+Where facts are missing or left out, OUT/coverage.txt says so. The table of facts is the mark of a whole export: it
+comes last, and what an earlier export has in its table is removed before. Texts in it that a spreadsheet would take for
+formulas, those that begin with = + - @, a tab or a line break and are no numbers, begin with an apostrophe there;
+``spreadsheet_safe=False`` writes them as they are.
 """
 
-import hashlib
+import csv
+import io
 import os
 import re
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
+from typing import Any
 
 import pandas as pd
 
+from fasttrace.cells import SITES
+from fasttrace.coverage import Coverage
 from fasttrace.errors import StoreError
+from fasttrace.file_sets import one_set
 from fasttrace.files import atomic_write
+from fasttrace.names import is_plain, plain_names
+from fasttrace.parts import FACT_COLUMNS
+from fasttrace.received import NONSENSE, expect, read_regular
 from fasttrace.results import TraceResult
-from fasttrace.rome import ROME_KINDS
+from fasttrace.rome import ROME_KINDS, rome_file_name
 from fasttrace.stores import Record, Store
 
 __all__ = ["EXPORTS", "export"]
 
-SAFE_LENGTH = 100
+COVERAGE_FILE = "coverage.txt"
+TEXT_COLUMNS = (*FACT_COLUMNS, "reason", "target_token")
+FORMULA = re.compile(r"[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+"""What a text begins with that a spreadsheet computes; the wide signs do it too where such are typed."""
+NUMBER = re.compile(r"[+-]?[0-9]+([.][0-9]+)?([eE][+-]?[0-9]+)?")
 
 
-def export(store: Store, out: str | os.PathLike[str], kind: str) -> list[Path]:
-    """Writes a store's facts as files of another program; files of the same name are replaced.
+def export(
+    store: Store,
+    out: str | os.PathLike[str],
+    kind: str,
+    *,
+    shown: Coverage | None = None,
+    spreadsheet_safe: bool = True,
+) -> list[Path]:
+    """Writes a store's facts as files of another program; an earlier export in the folder is replaced.
 
     Args:
         store: what to write; it may be unfinished.
-        out: the folder, made when missing.
+        out: the folder, made when missing; files that are no export are left alone.
         kind: one of `EXPORTS`: "rome-npz" or "csv".
+        shown: which facts, see `Store.records`.
+        spreadsheet_safe: put an apostrophe before texts that a spreadsheet would take for formulas.
 
     Returns:
         The paths written, those that list the facts last.
 
     Raises:
-        StoreError: unknown kind, no traced facts, no stream that ROME knows, or a file cannot be written.
+        StoreError: unknown kind, no traced facts, no stream that ROME knows, a folder that has files of others under
+            the names of an export, or one that cannot be written to.
     """
     if kind not in EXPORTS:
         raise StoreError(f"unknown format {kind!r}: choose from {', '.join(EXPORTS)}")
-    facts = store.facts()
-    if "traced" not in set(facts["status"]):
-        raise StoreError(f"{store.folder} holds no traced facts, only {len(facts)} skipped: run it to its end first")
-    return EXPORTS[kind](store, Path(out), facts)
+    out, made = Path(out), EXPORTS[kind]
+    _check_apart(store.folder, out)
+    _earlier(out, kind)
+    shown = store.told(shown)
+    if not shown.traced:
+        found = "; ".join([f"only {shown.skipped} skipped", *shown.notes])
+        raise StoreError(f"{store.folder} holds no traced facts, {found}: run it to its end first")
+    with one_set(out, made.table, lambda folder: _earlier(folder, kind)) as scratch:
+        facts, records = store.facts_and_records(shown)
+        paths = made.write(records, scratch, facts)
+        if shown.notes:
+            paths.append(scratch / COVERAGE_FILE)
+            paths[-1].write_text("".join(f"{note}\n" for note in shown.notes), encoding="utf-8")
+        paths.append(_write_table(_safe(facts) if spreadsheet_safe else facts, scratch / made.table))
+    return [out / path.relative_to(scratch) for path in paths]
 
 
-def _export_rome(store: Store, out: Path, facts: pd.DataFrame) -> list[Path]:
+def _check_apart(store: Path, out: Path) -> None:
+    places = [store.resolve() / name for name in ("parts", "damaged")]
+    where = out.resolve()
+    if where == store.resolve() or any(place in (where, *where.parents) for place in places):
+        raise StoreError(f"{out} is the run's own folder: give another one, such as {store / 'export'}")
+
+
+def _write_rome(records: Iterable[Record], out: Path, facts: pd.DataFrame) -> list[Path]:
     numbers = _numbers(facts["id"])
     paths: list[Path] = []
-    for record, result in _traced(store, numbers):
+    for record, result in _traced(records):
         case = {"known_id": numbers[record.fact.id], "correct_prediction": record.correct}
         paths += [result.save_rome_npz(out / "cases", stream, **case) for stream in _rome_streams(result)]
     facts.insert(0, "known_id", [numbers[name] for name in facts["id"]])
-    return [*paths, _write_table(facts, out / "cases.csv")]
+    return paths
 
 
-def _traced(store: Store, known: Container[str]) -> Iterator[tuple[Record, TraceResult]]:
-    for record in store.records():
-        # The run may still go on: what it adds meanwhile is not in the list of facts.
-        if record.result is not None and record.fact.id in known:
+def _traced(records: Iterable[Record]) -> Iterator[tuple[Record, TraceResult]]:
+    for record in records:
+        if record.result is not None:
             yield record, record.result
 
 
@@ -97,47 +141,103 @@ def _rome_streams(result: TraceResult) -> list[str]:
     return list(by_kind.values())
 
 
-def _export_csv(store: Store, out: Path, facts: pd.DataFrame) -> list[Path]:
+def _write_csv(records: Iterable[Record], out: Path, facts: pd.DataFrame) -> list[Path]:
     folders = _folders(facts["id"])
     paths: list[Path] = []
-    for record, result in _traced(store, folders):
+    for record, result in _traced(records):
         paths += result.to_csv(out / folders[record.fact.id])
     facts.insert(1, "folder", [folders[name] for name in facts["id"]])
     facts.loc[facts["status"] == "skipped", "folder"] = None
-    return [*paths, _write_table(facts, out / "facts.csv")]
+    return paths
 
 
 def _folders(ids: Iterable[str]) -> dict[str, str]:
     """A folder per fact; no two are the same, even where capitals do not count."""
-    folders: dict[str, str] = {}
-    taken: set[str] = {"facts.csv"}
-    for fact_id in ids:
-        name = _safe(fact_id)
-        if name.casefold() in taken:
-            name = _with_sum(name, fact_id)
-        taken.add(name.casefold())
-        folders[fact_id] = name
-    return folders
-
-
-def _safe(fact_id: str) -> str:
-    name = quote(fact_id, safe=" ")
-    name = re.sub(r"^[. ]|[. ]$", lambda end: f"%{ord(end[0]):02X}", name)
-    return name if 0 < len(name) <= SAFE_LENGTH else _with_sum(name, fact_id)
-
-
-def _with_sum(name: str, fact_id: str) -> str:
-    return f"{name[:SAFE_LENGTH]}-{hashlib.sha256(fact_id.encode()).hexdigest()[:12]}"
+    return plain_names(ids, taken=("facts.csv", "cases.csv", COVERAGE_FILE))
 
 
 def _write_table(frame: pd.DataFrame, path: Path) -> Path:
+    # A text with \r and without quotes would end the row to most readers.
+    broken = any(frame[name].astype(str).str.contains("\r", regex=False).any() for name in TEXT_COLUMNS)
+    quoting = csv.QUOTE_NONNUMERIC if broken else csv.QUOTE_MINIMAL
     with atomic_write(path) as temporary:
-        frame.to_csv(temporary, index=False, lineterminator="\n")
+        frame.to_csv(temporary, index=False, lineterminator="\n", quoting=quoting)
     return path
 
 
-EXPORTS: Mapping[str, Callable[[Store, Path, pd.DataFrame], list[Path]]] = {
-    "rome-npz": _export_rome,
-    "csv": _export_csv,
+def _safe(facts: pd.DataFrame) -> pd.DataFrame:
+    """The table with an apostrophe before texts that would be formulas; numbers stay."""
+    return facts.assign(**{name: facts[name].map(_no_formula) for name in (*TEXT_COLUMNS, "folder") if name in facts})
+
+
+def _no_formula(cell: Any) -> Any:
+    if isinstance(cell, str) and FORMULA.match(cell) and not NUMBER.fullmatch(cell):
+        return f"'{cell}"
+    return cell
+
+
+# What an earlier export has left in a folder.
+
+
+def _earlier(out: Path, kind: str) -> set[str]:
+    """Names of the files of an earlier export of one format, by its table.
+
+    Raises:
+        StoreError: the table is no export's, or the folder has an export in another format.
+    """
+    names: set[str] = set()
+    for each, made in EXPORTS.items():
+        found = _names_in(out / made.table, made)
+        if found and each != kind:
+            raise StoreError(f"{out} holds an export in the format {each}: give another folder with --out, or empty it")
+        names |= found
+    return names
+
+
+def _names_in(table: Path, made: "_Export") -> set[str]:
+    try:
+        content = read_regular(table)
+    except FileNotFoundError:
+        return set()
+    try:
+        rows = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False)
+        expect({"id", "status", "clean_prob"} <= set(rows.columns), "columns of others")
+        named = (name for row in rows.to_dict("records") for name in made.names(row))
+        return {made.table, COVERAGE_FILE, *named}
+    except NONSENSE as error:
+        raise StoreError(
+            f"{table} is not the table of an earlier export: give another folder with --out, or move it away"
+        ) from error
+
+
+def _rome_names(row: Mapping[Any, str]) -> list[str]:
+    number = int(row["known_id"])
+    return [f"cases/{rome_file_name(number, stream)}" for stream in ROME_KINDS]
+
+
+def _csv_names(row: Mapping[Any, str]) -> list[str]:
+    folder = row["folder"]
+    expect(not folder or is_plain(folder), f"folder {folder!r}")
+    return [f"{folder}/{site}.csv" for site in SITES] if folder else []
+
+
+@dataclass(frozen=True)
+class _Export:
+    """A format.
+
+    Attributes:
+        table: file that lists the facts.
+        write: writes the others into a folder, and completes the table.
+        names: what a row of the table was written as.
+    """
+
+    table: str
+    write: Callable[[Iterable[Record], Path, pd.DataFrame], list[Path]]
+    names: Callable[[Mapping[Any, str]], list[str]]
+
+
+EXPORTS: Mapping[str, _Export] = {
+    "rome-npz": _Export("cases.csv", _write_rome, _rome_names),
+    "csv": _Export("facts.csv", _write_csv, _csv_names),
 }
 """Format -> what writes it."""

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fasttrace.errors import StoreError
+from fasttrace.received import NONSENSE, expect, parsed, read_regular, why
 
 __all__ = [
     "FORMAT_VERSION",
@@ -198,15 +199,17 @@ def read_parquet(path: str | os.PathLike[str]) -> tuple[pa.Table, dict[str, Any]
 
 
 def _read_table(path: Path) -> pa.Table:
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "nothing"
-        raise StoreError(f"{found} at {path}: expected a file written by TraceResult.save; check the path")
     try:
-        return pq.read_table(path, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        content = read_regular(path)
+    except FileNotFoundError as error:
+        raise StoreError(f"nothing at {path}: expected a file written by TraceResult.save; check the path") from error
+    try:
+        table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True, use_threads=False)
+        table.validate(full=True)
+        return table
+    except (*NONSENSE, OSError, MemoryError) as error:
         raise StoreError(
-            f"cannot read {path} ({reason}): it is no parquet file, or one cut short or damaged; "
+            f"cannot read {path} ({why(error)}): it is no parquet file, or one cut short or damaged; "
             "trace again, or take it from a copy"
         ) from error
 
@@ -216,10 +219,11 @@ def _read_payload(table: pa.Table, path: Path) -> dict[str, Any]:
     if stored is None:
         raise StoreError(f"{path} is a parquet file without fasttrace's metadata: give one from TraceResult.save")
     try:
-        payload = json.loads(stored)
-        version = int(payload["format_version"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{path} has damaged metadata ({error!r}): trace again, or take a copy") from error
+        payload = parsed(stored)
+        version = payload["format_version"]
+        expect(type(version) is int and version > 0, f"format version {version!r}: expected a whole number")
+    except NONSENSE as error:
+        raise StoreError(f"{path} has damaged metadata ({why(error)}): trace again, or take a copy") from error
     if version > FORMAT_VERSION:
         raise StoreError(
             f"{path} has format version {version}, this fasttrace reads up to {FORMAT_VERSION}: upgrade fasttrace"

@@ -3,13 +3,13 @@
     {
       "format_version": 2,
       "fingerprint": {"model": "gpt2-xl", "weights": "9f2c...", "config": {"n_layer": 48, ...}, "sigma": 0.135, ...},
-      "facts": {"name": "known_1000", "n_facts": 1209, "bad_rows": []},
+      "facts": {"name": "known_1000", "n_facts": 1209, "bad_rows": [], "ids": ["0", "1", ...]},
       "checksum": "..."
     }
 
 The fingerprint is all that changes a run's numbers; what it has under `NOTED`, names and versions, is not compared.
-``facts`` says what the run was asked for. The checksum is the SHA-256 of all the rest. A store of format version 1 knew
-its model by name and by a sample of its weights: it can be read, and not be gone on with.
+``facts`` says what the run was asked for by its last start. The checksum is the SHA-256 of all the rest. A store of
+format version 1 knew its model by name and by a sample of its weights: it can be read, and not be gone on with.
 """
 
 import hashlib
@@ -24,6 +24,7 @@ import numpy as np
 
 from fasttrace.errors import StoreError
 from fasttrace.files import atomic_write, write_new
+from fasttrace.received import NONSENSE, expect, parsed, read_regular, why
 
 __all__ = [
     "STORE_VERSION",
@@ -102,7 +103,25 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{path} was edited or damaged (its checksum is {_checksum(manifest)[:8]}, it says {str(checksum)[:8]}): "
             "undo the edit; or delete that file and run again, the parts are then compared with that run"
         )
+    try:
+        _check_contents(manifest)
+    except NONSENSE as error:
+        raise StoreError(f"{path} holds what no run writes ({why(error)}): take it from where it was made") from error
     return manifest
+
+
+def _check_contents(manifest: Mapping[str, Any]) -> None:
+    """Refuses values that no run writes under a checksum that is right; raises one of `NONSENSE`."""
+    version, facts = manifest["format_version"], manifest["facts"]
+    expect(type(version) is int and version > 0, f"format_version {version!r}: expected a whole number")
+    expect(isinstance(manifest["fingerprint"].get(VERSIONS, {}), dict), f"{VERSIONS}: expected an object")
+    expect(isinstance(facts, dict), f"facts {facts!r}: expected an object")
+    name, count, ids = facts.get("name", ""), facts.get("n_facts", 0), facts.get("ids", [])
+    expect(isinstance(name, str), f"name {name!r}: expected text")
+    expect(type(count) is int and 0 <= count < 2**63, f"n_facts {count!r}: expected a number of facts")
+    expect(isinstance(facts.get("bad_rows", []), list), "bad_rows: expected a list")
+    expect(isinstance(ids, list) and all(isinstance(each, str) for each in ids), "ids: expected a list of texts")
+    expect("ids" not in facts or len(set(ids)) == len(ids) == count, f"{len(ids)} ids of {count} facts")
 
 
 def check_fingerprint(there: Mapping[str, Any], here: Mapping[str, Any], where: str) -> None:
@@ -196,13 +215,15 @@ def _plain_number(value: Any) -> Any:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    if not os.path.isfile(path):
-        found = f"no {path.name}" if os.path.isdir(path.parent) else "no folder"
-        raise StoreError(f"{found} at {path.parent}: expected a folder written by 'fasttrace run'; check the path")
     try:
-        manifest = json.loads(path.read_bytes())
-    except OSError as error:
-        raise StoreError(f"cannot read {path} ({error}): make it readable") from error
+        manifest = parsed(read_regular(path))
+    except FileNotFoundError as error:
+        found = f"no {path.name}" if os.path.isdir(path.parent) else "no folder"
+        raise StoreError(
+            f"{found} at {path.parent}: expected a folder written by 'fasttrace run'; check the path"
+        ) from error
+    except StoreError:
+        raise
     except ValueError as error:
         manifest = error
     if not isinstance(manifest, dict):

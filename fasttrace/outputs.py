@@ -5,16 +5,14 @@ lies there is compared with the one that is to be written.
 """
 
 import math
-import os
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fasttrace.cells import SITES
 from fasttrace.errors import StoreError
+from fasttrace.file_sets import check_writable, one_set
+from fasttrace.names import plain_name
 
 if TYPE_CHECKING:
     from fasttrace.results import TraceResult
@@ -49,7 +47,7 @@ def check_folder(folder: Path, wanted: Mapping[str, Any], overwrite: bool = Fals
     Raises:
         StoreError: it says which values differ, or why the folder cannot be used.
     """
-    _check_writable(folder)
+    check_writable(folder)
     ours = [name for name in (DATA_FILE, FIGURE_FILE, *CSV_FILES) if (folder / name).exists()]
     if not ours or overwrite:
         return
@@ -61,30 +59,35 @@ def check_folder(folder: Path, wanted: Mapping[str, Any], overwrite: bool = Fals
         )
 
 
-def write_run(result: "TraceResult", folder: Path, figure: bool = True) -> list[Path]:
-    """Writes a run's files; a new folder appears whole or not at all, in an old one each file does.
+def write_run(result: "TraceResult", folder: Path, figure: bool = True, overwrite: bool = False) -> list[Path]:
+    """Writes a run's files; a new folder appears whole or not at all.
 
-    Files of an earlier run that this one does not replace are removed; files of others are left alone.
+    In an old folder the files of an earlier run are removed, `trace.parquet` first, and that of this one comes last: a
+    folder whose writer was killed has none. Files of others are left alone.
 
     Args:
         result: the trace.
         folder: its folder, made when missing.
         figure: draw `figure.png` too, which needs plotnine.
+        overwrite: another run's files may be replaced, see `check_folder`.
 
     Returns:
         The paths written.
 
     Raises:
-        StoreError: the folder cannot be written; nothing half-written stays.
+        StoreError: the folder cannot be written, or another run has been written there meanwhile; nothing
+            half-written stays.
     """
-    target = folder.resolve()
-    with _scratch_beside(target) as scratch:
+
+    def check() -> None:
+        check_folder(folder, identity(result), overwrite)
+
+    with one_set(folder, DATA_FILE, lambda _: (DATA_FILE, FIGURE_FILE, *CSV_FILES), check) as scratch:
         result.to_csv(scratch)
         result.save(scratch / DATA_FILE)
         if figure:
             _draw(result, scratch / FIGURE_FILE)
-        names = [FIGURE_FILE] * figure + [f"{stream}.csv" for stream in result.streams] + [DATA_FILE]
-        _move_into(target, scratch, names)
+        names = [FIGURE_FILE] * figure + [f"{plain_name(stream)}.csv" for stream in result.streams] + [DATA_FILE]
     return [folder / name for name in names]
 
 
@@ -92,14 +95,6 @@ def _draw(result: "TraceResult", path: Path) -> None:
     from fasttrace.plots import save_figure
 
     save_figure(result, path)
-
-
-def _check_writable(folder: Path) -> None:
-    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    if not existing.is_dir():
-        raise StoreError(f"{existing} is a file, expected a folder: give another one with --out")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise StoreError(f"{existing} cannot be written to: give another folder with --out")
 
 
 def _known_run(folder: Path, names: Sequence[str]) -> dict[str, Any]:
@@ -131,25 +126,3 @@ def _same(left: Any, right: Any) -> bool:
     if isinstance(left, float) and isinstance(right, float):
         return math.isclose(left, right, rel_tol=1e-6) or (math.isnan(left) and math.isnan(right))
     return left == right
-
-
-@contextmanager
-def _scratch_beside(target: Path) -> Iterator[Path]:
-    scratch = target.parent / f".fasttrace-{secrets.token_hex(8)}"
-    try:
-        scratch.mkdir(parents=True)
-        yield scratch
-    except OSError as error:
-        raise StoreError(f"cannot write {target} ({error}): give another folder with --out") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _move_into(target: Path, scratch: Path, names: Sequence[str]) -> None:
-    if not target.exists():
-        scratch.rename(target)
-        return
-    for name in {DATA_FILE, FIGURE_FILE, *CSV_FILES} - set(names):
-        (target / name).unlink(missing_ok=True)
-    for name in names:
-        os.replace(scratch / name, target / name)

@@ -50,11 +50,13 @@ from fasttrace.datasets import Fact
 from fasttrace.errors import StoreError
 from fasttrace.files import SCHEMA_KEY, as_utf8
 from fasttrace.manifest import STORE_VERSION
+from fasttrace.received import NONSENSE, check_result, check_streams, expect, parsed, read_regular, why
 from fasttrace.results import TraceResult
 
 __all__ = [
     "FACT_COLUMNS",
     "PLAIN_COLUMNS",
+    "STATUSES",
     "DamagedPartError",
     "Record",
     "decode_record",
@@ -83,6 +85,9 @@ PLAIN_COLUMNS = pa.schema(
         ("n_positions", pa.int64()),
     ]
 )
+STATUSES = ("traced", "skipped")
+TEXTS = (*FACT_COLUMNS[1:], "reason", "tokens", "target_token")
+"""Columns of which `details` may hold the exact text."""
 SHORT_SUM = 16
 NAME = re.compile(r"part-\d{3,}-\d{6,}-[0-9a-f]{8}-([0-9a-f]{16})\.parquet")
 
@@ -163,11 +168,18 @@ def read_part(path: Path, columns: Sequence[str] | None = None) -> tuple[pa.Tabl
     """
     content = _checked_bytes(path)
     try:
-        table = pq.ParquetFile(pa.BufferReader(content)).read(columns, use_threads=False)
-        payload = json.loads((table.schema.metadata or {})[SCHEMA_KEY])
+        file = pq.ParquetFile(pa.BufferReader(content))
+        _check_columns(file.schema_arrow)
+        table = file.read(columns, use_threads=False)
+        _check_rows(table)
+        payload = parsed((table.schema.metadata or {})[SCHEMA_KEY])
         version, fingerprint = payload["format_version"], payload["fingerprint"]
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise DamagedPartError(f"{path} is no part of a store ({error!r}): run again") from error
+        expect(type(version) is int and version > 0, f"format version {version!r}: expected a whole number")
+        expect(isinstance(fingerprint, dict), f"fingerprint {fingerprint!r}: expected an object")
+    except MemoryError as error:
+        raise StoreError(f"cannot read {path} (it does not fit in memory): free some memory, then try again") from error
+    except (*NONSENSE, OSError) as error:
+        raise DamagedPartError(f"{path} is no part of a store ({why(error)}): run again") from error
     if version > STORE_VERSION:
         raise StoreError(
             f"{path} has format version {version}, this fasttrace reads up to {STORE_VERSION}: upgrade fasttrace"
@@ -175,25 +187,68 @@ def read_part(path: Path, columns: Sequence[str] | None = None) -> tuple[pa.Tabl
     return table, fingerprint
 
 
-def decode_record(table: pa.Table, row: int) -> Record:
+def decode_record(table: pa.Table, row: int, where: object = "a part") -> Record:
     """Turns one row of a part into the record it was made from.
 
     Args:
         table: a part, with all its columns.
         row: number of the row.
+        where: the part's path, for messages.
 
     Returns:
         A record equal to the one that was written.
+
+    Raises:
+        DamagedPartError: no fasttrace wrote such a row.
     """
+    try:
+        return _decoded(table, row)
+    except NONSENSE as error:
+        raise DamagedPartError(
+            f"{where} holds what no run writes, in row {row} ({why(error)}): move it away and run again"
+        ) from error
+
+
+def _decoded(table: pa.Table, row: int) -> Record:
     cells = {name: table.column(name)[row].as_py() for name in PLAIN_COLUMNS.names}
-    details = json.loads(table.column("details")[row].as_py())
+    details = parsed(table.column("details")[row].as_py())
+    for name, exact in details["exact"].items():
+        expect(name in TEXTS and as_utf8(exact) == cells[name], f"another {name} in its details")
     cells |= details["exact"]
+    for name in ("prompt", "subject", *(["reason"] if cells["status"] == "skipped" else [])):
+        expect(isinstance(cells[name], str), f"no {name}")
     fact = Fact(**{name: cells[name] for name in FACT_COLUMNS})
-    result = None
-    if cells["status"] == "traced":
-        prob, std = (_grids(table, row, value, details["streams"]) for value in ("prob", "std"))
-        result = _result(cells, details, prob, std)
-    return Record(fact, result, cells["reason"], cells["correct"])
+    if cells["status"] == "skipped":
+        return Record(fact, None, cells["reason"], cells["correct"])
+    check_streams(details["streams"])
+    prob, std = (_grids(table, row, value, details["streams"]) for value in ("prob", "std"))
+    result = _result(cells, details, prob, std)
+    check_result(result)
+    expect(result.n_positions == cells["n_positions"], f"{cells['n_positions']} positions, {result.n_positions} tokens")
+    return Record(fact, result, None, cells["correct"])
+
+
+def _check_columns(schema: pa.Schema) -> None:
+    """Refuses a table that lacks columns of a part, or has them of other types; columns of others are left alone."""
+    expect(len(set(schema.names)) == len(schema.names), "two columns of one name")
+    for field in (*PLAIN_COLUMNS, pa.field("details", pa.string())):
+        expect(field.name in schema.names, f"no column {field.name}")
+        found = schema.field(field.name).type
+        expect(found == field.type, f"column {field.name} of type {found}, expected {field.type}")
+    for field in schema:
+        value, _, stream = field.name.partition("_")
+        if value in ("prob", "std"):
+            check_streams([stream])
+            expect(field.type == pa.list_(pa.float64()), f"column {field.name} of type {field.type}")
+
+
+def _check_rows(table: pa.Table) -> None:
+    table.validate(full=True)
+    if "id" in table.column_names:
+        expect(table.column("id").null_count == 0, "a fact without an id")
+    if "status" in table.column_names:
+        found = set(table.column("status").unique().to_pylist())
+        expect(found <= set(STATUSES), f"status {found}: expected {' or '.join(STATUSES)}")
 
 
 def _sum(content: bytes) -> str:
@@ -205,11 +260,9 @@ def _checked_bytes(path: Path) -> bytes:
     if named is None:
         raise DamagedPartError(f"{path} does not have a part's name: leave parts as they are named")
     try:
-        content = path.read_bytes()
-    except PermissionError as error:
-        raise StoreError(f"cannot read {path} ({error}): make it readable") from error
-    except OSError as error:
-        raise DamagedPartError(f"cannot read {path} ({error}): run again") from error
+        content = read_regular(path)
+    except FileNotFoundError as error:
+        raise DamagedPartError(f"{path} is gone: run again") from error
     if _sum(content) != named[1]:
         raise DamagedPartError(f"{path} is cut short or damaged (its checksum is {_sum(content)}): run again")
     return content

@@ -38,6 +38,7 @@ def write_report(
     about: Mapping[str, Any] | None = None,
     bad_rows: Iterable[Any] = (),
     notes: Iterable[str] = (),
+    missing: int = 0,
 ) -> Path:
     """Writes a run as one HTML file that needs neither a network nor other files.
 
@@ -53,6 +54,7 @@ def write_report(
         about: what was run, name to value; by default the metadata that all results agree on.
         bad_rows: rows of the data set that are no facts, in any form that has a ``str``.
         notes: sentences to show above the summary.
+        missing: facts that were asked for and are not among the records; the page counts them.
 
     Returns:
         The path written.
@@ -69,7 +71,7 @@ def write_report(
         "about": [[str(name), _text(value)] for name, value in (run.shared if about is None else about).items()],
         "notes": [*map(str, notes), *([f"No averages: {reason}"] if reason else [])],
         "bad_rows": [_text(row) for row in bad_rows],
-        "counts": run.counts(),
+        "counts": run.counts() | ({"missing": missing} if missing else {}),
         "averages": averages and _averages(averages),
         "facts": run.facts,
     }

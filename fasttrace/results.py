@@ -16,6 +16,8 @@ import pyarrow as pa
 from fasttrace.cost import Cost
 from fasttrace.errors import PlanError, StoreError
 from fasttrace.files import as_utf8, atomic_write, read_parquet, write_parquet
+from fasttrace.names import plain_name
+from fasttrace.received import NONSENSE, check_result, check_streams, expect, why
 from fasttrace.rome import rome_arrays, rome_path
 
 if TYPE_CHECKING:
@@ -249,7 +251,7 @@ class TraceResult:
         Raises:
             StoreError: a file cannot be written.
         """
-        paths = {stream: Path(folder) / f"{stream}.csv" for stream in self.streams}
+        paths = {stream: Path(folder) / f"{plain_name(stream)}.csv" for stream in self.streams}
         for stream, path in paths.items():
             cells = self._stream_frame(stream).rename(columns={"position": "pos"})
             with atomic_write(path) as temporary:
@@ -323,9 +325,11 @@ def load(path: str | os.PathLike[str]) -> TraceResult:
     """
     table, payload = read_parquet(path)
     try:
-        return _from_payload(payload, table)
-    except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{path} is damaged ({error!r}): trace again, or take it from a copy") from error
+        result = _from_payload(payload, table)
+        check_result(result)
+    except NONSENSE as error:
+        raise StoreError(f"{path} is damaged ({why(error)}): trace again, or take it from a copy") from error
+    return result
 
 
 def _known(what: str, name: str, known: tuple[str, ...]) -> str:
@@ -443,10 +447,13 @@ def _payload(result: TraceResult) -> dict[str, Any]:
 
 
 def _from_payload(payload: dict[str, Any], table: pa.Table) -> TraceResult:
+    check_streams(payload["streams"])
     shape = (len(payload["streams"]), *payload["shape"])
     grids = {}
     for name in _GRID_FIELDS:
-        values = table.column(name).to_numpy().reshape(shape)
+        column = table.column(name)
+        expect(column.type == pa.float64(), f"column {name} of type {column.type}")  # null is NaN
+        values = column.to_numpy().reshape(shape)
         grids[name] = dict(zip(payload["streams"], values, strict=True))
     fields = payload["fields"]
     return TraceResult(**grids, **{**fields, "cost": Cost(**fields["cost"])})

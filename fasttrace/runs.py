@@ -127,7 +127,7 @@ def _opened(ranks: Ranks, folder: Path, fingerprint: Mapping[str, Any], facts: F
 
     def first() -> None:
         store = Store.open(folder, fingerprint)
-        store.describe(facts.name, len(facts), [str(bad) for bad in facts.bad])
+        store.describe(facts.name, len(facts), [str(bad) for bad in facts.bad], [fact.id for fact in facts])
 
     ranks.first(first)
     return Store.open(folder, fingerprint)
@@ -218,7 +218,7 @@ class _Run:
         return Outcome(self.store, len(found), before, found.count("traced"), found.count("skipped"))
 
     def _status(self) -> dict[str, str]:
-        facts = self.store.facts()
+        facts = self.store.facts(self.store.coverage(everything=True))
         return dict(zip(facts["id"], facts["status"], strict=True))
 
 

@@ -9,16 +9,18 @@ write into one folder, and whatever kills them, the parts that are there are com
 part holds it.
 """
 
+import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 
+from fasttrace.cells import SITES
+from fasttrace.coverage import Coverage
 from fasttrace.datasets import Fact
 from fasttrace.errors import StoreError
 from fasttrace.files import TEMPORARY, as_utf8, atomic_write, remove_stale, set_aside
@@ -42,16 +44,20 @@ from fasttrace.parts import (
     part_name,
     read_part,
 )
+from fasttrace.received import patiently
 from fasttrace.results import VALUES
+from fasttrace.shelf import Shelf
 
 __all__ = ["Record", "Store"]
 
 MANIFEST, PARTS, DAMAGED = "manifest.json", "parts", "damaged"
-OPEN_PARTS = 16
-"""How many parts `records` keeps in memory: as many as ranks that took turns."""
 SCORED = ("prompt", "subject", "target")
 """What of a fact its numbers depend on."""
+TABLE_SCHEMA = pa.schema([field for field in PLAIN_COLUMNS if not pa.types.is_list(field.type)])
+"""Columns of `Store.facts`, but for the total effect."""
 FRAME_COLUMNS = ("fact", "stream", "layer", "position", "token", "in_subject", *VALUES)
+
+logger = logging.getLogger("fasttrace")
 
 
 class Store:
@@ -70,6 +76,7 @@ class Store:
         self._here = here
         self.notes = () if here is None else _notes(self.fingerprint, here)
         self._ids: dict[str, tuple[str, ...]] = {}
+        self._skipped: dict[str, frozenset[str]] = {}
         self._written = 0
 
     def __repr__(self) -> str:
@@ -120,8 +127,8 @@ class Store:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What `describe` was told: name, n_facts, bad_rows; empty before."""
-        return dict(self._facts)
+        """What `describe` was told: name, n_facts, bad_rows; empty before. The ids are not repeated here."""
+        return {name: value for name, value in self._facts.items() if name != "ids"}
 
     @property
     def done(self) -> frozenset[str]:
@@ -134,20 +141,22 @@ class Store:
         """Parts in the folder that are not what was written; empty after `check`."""
         return tuple(self._scan())
 
-    def describe(self, name: str, n_facts: int, bad_rows: Sequence[Any] = ()) -> None:
+    def describe(self, name: str, n_facts: int, bad_rows: Sequence[Any] = (), ids: Sequence[str] | None = None) -> None:
         """Writes into the manifest what the run was asked for; it is not compared when a run goes on.
 
         Args:
             name: of the set of facts.
             n_facts: how many there are to trace.
             bad_rows: rows that could not be read as facts: JSON values.
+            ids: of the facts; what is shown of the run goes over these. None: over all that are in the folder.
 
         Raises:
             StoreError: the store is open for reading only, or cannot be written to.
         """
         self._check_open()
         manifest = read_manifest(self.folder / MANIFEST)
-        self._facts = plain_json({"name": name, "n_facts": n_facts, "bad_rows": list(bad_rows)})
+        asked = {} if ids is None else {"ids": list(ids)}
+        self._facts = plain_json({"name": name, "n_facts": n_facts, "bad_rows": list(bad_rows), **asked})
         if manifest["facts"] != self._facts:
             write_manifest(self.folder / MANIFEST, {**manifest, "facts": self._facts})
 
@@ -163,7 +172,7 @@ class Store:
         Raises:
             StoreError: the store has another fact under the same id.
         """
-        frame = self.facts().set_index("id")[list(SCORED)].astype(object)
+        frame = self.facts(self.coverage(everything=True)).set_index("id")[list(SCORED)].astype(object)
         texts = frame.where(frame.notna(), None)
         there = {fact_id: dict(zip(SCORED, row, strict=True)) for fact_id, *row in texts.itertuples()}
         for fact in facts:
@@ -194,7 +203,7 @@ class Store:
         with atomic_write(path, GO_ON) as temporary:
             temporary.write_bytes(content)
         self._written += 1
-        self._ids[path.name] = tuple(record.fact.id for record in records)
+        self._keep(path.name, [record.fact.id for record in records], [record.result is None for record in records])
         return path
 
     def check(self) -> tuple[Path, ...]:
@@ -212,23 +221,64 @@ class Store:
         moved = [set_aside(path, self.folder / DAMAGED) for path in self.damaged]
         return tuple(path for path in moved if path is not None)
 
-    def records(self) -> Iterator[Record]:
+    def coverage(self, everything: bool = False) -> Coverage:
+        """Compares what is in the folder now with what the run was last asked for.
+
+        Args:
+            everything: show also facts that are in the folder and were not asked for.
+
+        Returns:
+            The counts, and the facts to show. `records`, `facts`, `frame`, and the exports take it, so that all of
+            them show the same facts while others still write.
+
+        Raises:
+            StoreError: a file cannot be read, or is another run's.
+        """
+        damaged = tuple(self._scan().values())
+        places = self._places()
+        named = self._facts.get("ids")
+        wanted = places.keys() if named is None else set(named)
+        there = sum(fact_id in wanted for fact_id in places)
+        asked = self._facts.get("n_facts")
+        ids = tuple(fact_id for fact_id in places if everything or fact_id in wanted)
+        skipped = sum(fact_id in self._skipped[places[fact_id][0]] for fact_id in ids)
+        return Coverage(
+            asked=asked,
+            traced=len(ids) - skipped,
+            skipped=skipped,
+            missing=0 if asked is None else max(0, asked - there),
+            damaged=damaged,
+            further=len(places) - (there if named is not None else min(there, asked or there)),
+            everything=everything or named is None,
+            ids=ids,
+        )
+
+    def records(self, shown: Coverage | None = None) -> Iterator[Record]:
         """Gives every fact once, by id: numbers in ids count as numbers, so "9" comes before "10".
 
-        Of a fact that two parts hold, the part whose name comes first counts.
+        Of a fact that two parts hold, the part whose name comes first counts. Each part is read once.
+
+        Args:
+            shown: which facts, from `coverage`. None: those that the run was asked for; a warning says so when
+                some are missing, and when others are in the folder.
 
         Yields:
             Records equal to those that were written.
 
         Raises:
-            StoreError: a part was damaged or removed since the store was opened.
+            StoreError: a part was damaged or removed since the store was opened, or holds what no run writes.
         """
-        table = lru_cache(OPEN_PARTS)(lambda name: read_part(self.folder / PARTS / name)[0])
-        for name, row in self._places().values():
-            yield decode_record(table(name), row)
+        shown = self.told(shown)
+        places = self._placed(shown)
+        shelf = self._shelf(places)
+        for name, row in places.values():
+            yield decode_record(shelf.table(name), row, self.folder / PARTS / name)
 
-    def facts(self) -> pd.DataFrame:
+    def facts(self, shown: Coverage | None = None) -> pd.DataFrame:
         """Gives a row per fact, in the order of `records`, without decoding a grid.
+
+        Args:
+            shown: which facts, see `records`.
 
         Returns:
             Columns id, prompt, subject, target, foil, relation, status ("traced" or "skipped"), reason, correct,
@@ -239,18 +289,29 @@ class Store:
         Raises:
             StoreError: a part was damaged or removed since the store was opened.
         """
-        places = self._places()
-        schema = pa.schema([field for field in PLAIN_COLUMNS if not pa.types.is_list(field.type)])
+        places = self._placed(self.told(shown))
         names = sorted({name for name, _ in places.values()})
-        tables = [read_part(self.folder / PARTS / name, schema.names)[0] for name in names]
-        rows = pa.concat_tables([schema.empty_table(), *(table.replace_schema_metadata() for table in tables)])
-        nullable = {pa.bool_(): pd.BooleanDtype(), pa.int64(): pd.Int64Dtype()}
-        frame = rows.to_pandas(types_mapper=nullable.get).drop_duplicates("id").set_index("id")
-        frame["total_effect"] = frame["clean_prob"] - frame["corrupted_prob"]
-        return frame.loc[list(places)].reset_index()
+        columns = [field.name for field in TABLE_SCHEMA]
+        return _facts_frame([read_part(self.folder / PARTS / name, columns)[0] for name in names], list(places))
 
-    def frame(self) -> pd.DataFrame:
+    def facts_and_records(self, shown: Coverage) -> tuple[pd.DataFrame, Iterator[Record]]:
+        """Gives what `facts` and `records` give, at the cost of reading each part once for both.
+
+        Raises:
+            StoreError: as for `records`.
+        """
+        places = self._placed(shown)
+        shelf = self._shelf(places)
+        columns = [field.name for field in TABLE_SCHEMA]
+        tables = (shelf.table(name).select(columns) for name in sorted({name for name, _ in places.values()}))
+        records = (decode_record(shelf.table(name), row, self.folder / PARTS / name) for name, row in places.values())
+        return _facts_frame(tables, list(places)), records
+
+    def frame(self, shown: Coverage | None = None) -> pd.DataFrame:
         """Gives all grids of all facts as one tidy frame, a row per cell.
+
+        Args:
+            shown: which facts, see `records`.
 
         Returns:
             Column fact, the id, and those of `TraceResult.to_frame`; facts in the order of `records`.
@@ -259,12 +320,32 @@ class Store:
             StoreError: a part was damaged or removed since the store was opened.
         """
         frames = []
-        for record in self.records():
+        for record in self.records(shown):
             if record.result is not None:
                 cells = record.result.to_frame()
                 cells.insert(0, "fact", record.fact.id)
                 frames.append(cells)
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(FRAME_COLUMNS))
+
+    def told(self, shown: Coverage | None) -> Coverage:
+        """The facts to show; a caller who did not choose them is told, by a warning, what is missing or left out."""
+        if shown is not None:
+            return shown
+        shown = self.coverage()
+        for note in shown.notes:
+            logger.warning("%s: %s", self.folder, note)
+        return shown
+
+    def _placed(self, shown: Coverage) -> dict[str, tuple[str, int]]:
+        """Where each fact to show is; see `_places`."""
+        places = self._places()
+        gone = [fact_id for fact_id in shown.ids if fact_id not in places]
+        if gone:
+            raise StoreError(f"fact {gone[0]!r} is no longer in {self.folder}: its part was set aside; run again")
+        return {fact_id: places[fact_id] for fact_id in shown.ids}
+
+    def _shelf(self, places: Mapping[str, tuple[str, int]]) -> Shelf:
+        return Shelf([self.folder / PARTS / name for name in sorted({name for name, _ in places.values()})])
 
     def _check_open(self) -> None:
         if self._here is None:
@@ -283,38 +364,45 @@ class Store:
 
     def _columns(self) -> list[str]:
         # So that all parts have the same columns, those with nothing but skipped facts too.
-        streams = self.fingerprint.get("streams", ())
-        return [stream for stream in streams if isinstance(stream, str)]
+        streams = self.fingerprint.get("streams")
+        return [stream for stream in streams if stream in SITES] if isinstance(streams, list) else []
 
     def _paths(self) -> list[Path]:
         try:
-            paths = sorted((self.folder / PARTS).iterdir())
+            paths = patiently(lambda: sorted((self.folder / PARTS).iterdir()))
         except FileNotFoundError:
             return []
         except OSError as error:
             raise StoreError(f"cannot list {self.folder / PARTS} ({error}): give a folder you may read") from error
         return [path for path in paths if path.suffix == ".parquet" and not path.name.startswith(TEMPORARY)]
 
-    def _scan(self) -> list[Path]:
-        """Looks at the parts that were not looked at before, or were damaged; gives those that are."""
+    def _scan(self) -> dict[Path, str]:
+        """Looks at the parts that were not looked at before, or were damaged; gives those that are, and why."""
         # One listing: a part that another process adds meanwhile is not looked at, so it is not damaged either.
-        damaged = []
+        damaged = {}
         for path in self._paths():
             if path.name not in self._ids:
                 try:
-                    self._ids[path.name] = self._ids_in(path)
-                except DamagedPartError:
-                    damaged.append(path)
+                    self._look_into(path)
+                except DamagedPartError as error:
+                    if os.path.lexists(path):  # or else another process has set it aside
+                        damaged[path] = str(error).replace(str(path), path.name)
         return damaged
 
-    def _ids_in(self, path: Path) -> tuple[str, ...]:
-        table, fingerprint = read_part(path, ["id"])
+    def _look_into(self, path: Path) -> None:
+        table, fingerprint = read_part(path, ["id", "status"])
         check_fingerprint(fingerprint, self.fingerprint, str(path))
-        return tuple(table.column("id").to_pylist())
+        skipped = [status == "skipped" for status in table.column("status").to_pylist()]
+        self._keep(path.name, table.column("id").to_pylist(), skipped)
+
+    def _keep(self, name: str, ids: Sequence[str], skipped: Sequence[bool]) -> None:
+        # Of a fact that is twice in one part, the first row counts.
+        first = dict(reversed(list(zip(ids, skipped, strict=True))))
+        self._skipped[name] = frozenset(fact_id for fact_id, was_skipped in first.items() if was_skipped)
+        self._ids[name] = tuple(ids)
 
     def _places(self) -> dict[str, tuple[str, int]]:
-        """Where each fact is: id -> part and row, in the order in which facts are given."""
-        self._scan()
+        """Where each fact is that was found: id -> part and row, in the order in which facts are given."""
         places: dict[str, tuple[str, int]] = {}
         for name in sorted(self._ids):
             for row, fact_id in enumerate(self._ids[name]):
@@ -328,6 +416,15 @@ def _notes(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[str, ...]
         for side in (there, here)
     )
     return tuple(differences(left, right))
+
+
+def _facts_frame(tables: Iterable[pa.Table], ids: list[str]) -> pd.DataFrame:
+    """The rows of some facts, in their order, from tables that hold them."""
+    rows = pa.concat_tables([TABLE_SCHEMA.empty_table(), *(table.replace_schema_metadata() for table in tables)])
+    nullable = {pa.bool_(): pd.BooleanDtype(), pa.int64(): pd.Int64Dtype()}
+    frame = rows.to_pandas(types_mapper=nullable.get).drop_duplicates("id").set_index("id")
+    frame["total_effect"] = frame["clean_prob"] - frame["corrupted_prob"]
+    return frame.loc[ids].reset_index()
 
 
 def _by_number(fact_id: str) -> tuple[list[tuple[int, str]], str]:

@@ -1,6 +1,7 @@
 """A result in words: plain text for a terminal."""
 
 import json
+import math
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
@@ -56,7 +57,8 @@ def averages_text(averages: "Averages", cells: int = 3) -> str:
     """
     left_out = [(averages.skipped, "skipped"), (averages.wrong, "not known"), (averages.undefined, "without effect")]
     others = "".join(f", {count} {what}" for count, what in left_out if count)
-    return "\n\n".join([f"{averages.facts} facts averaged{others}", _totals(averages), _roles(averages, cells)])
+    first = "\n".join([f"{averages.facts} facts averaged{others}", *(f"note: {note}" for note in averages.notes)])
+    return "\n\n".join([first, _totals(averages), _roles(averages, cells)])
 
 
 def _totals(averages: "Averages") -> str:
@@ -64,7 +66,7 @@ def _totals(averages: "Averages") -> str:
     row: Any
     for row in averages.totals().itertuples():
         stream = row.stream if isinstance(row.stream, str) else ""
-        rows.append((str(row.quantity), stream, _number(row.mean), _interval(row)))
+        rows.append((str(row.quantity), stream, *_mean(row)))
     return table(rows, numbers=(2,))
 
 
@@ -73,12 +75,16 @@ def _roles(averages: "Averages", cells: int) -> str:
     row: Any
     for stream in averages.streams:
         for row in averages.strongest(stream, cells).itertuples():
-            rows.append((stream, str(row.role), str(row.layer), _number(row.mean), _interval(row), str(row.count)))
+            rows.append((stream, str(row.role), str(row.layer), *_mean(row), str(row.count)))
     return "roles and blocks with the largest means\n" + table(rows, numbers=(2, 3, 5))
 
 
-def _interval(row: Any) -> str:
-    return f"{row.low:+.4f} to {row.high:+.4f}"
+def _mean(row: Any) -> tuple[str, str]:
+    """A mean, and its interval with the digits that the mean has."""
+    size = abs(row.mean) or max(abs(row.low), abs(row.high))
+    form = ".4f" if not size or 0.001 <= size < 100_000 else ".1e"
+    interval = f"{row.low:+{form}} to {row.high:+{form}}" if math.isfinite(row.low + row.high) else "-"
+    return f"{row.mean:{form}}", interval
 
 
 def table(rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> str:

@@ -229,6 +229,50 @@ def test_overwrite_replaces_another_run_and_removes_its_stale_files(folder, tmp_
     assert names_in(tmp_path) == ["mlp_output.csv", "notes.txt", "trace.parquet"]
 
 
+def test_an_overwrite_that_is_cut_short_leaves_no_data_file_and_is_refused_until_it_is_overwritten(
+    folder, tmp_path, without_figure, monkeypatch
+):
+    out = tmp_path / "run"
+    assert trace(folder, "--out", out).exit_code == 0
+    right = os.replace
+
+    def cut(old, new):
+        if os.fspath(new).endswith("run/trace.parquet"):
+            raise KeyboardInterrupt
+        return right(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", cut)
+        assert trace(folder, "--out", out, "--seed", 2, "--overwrite").exit_code == 130
+    assert "trace.parquet" not in names_in(out)
+    done = trace(folder, "--out", out, "--seed", 2)
+    assert done.exit_code == 2
+    assert "of a run that cannot be told" in done.stderr
+    (tmp_path / ".fasttrace-0123456789abcdef").mkdir()  # of a writer that was killed
+    assert trace(folder, "--out", out, "--seed", 2, "--overwrite").exit_code == 0
+    assert names_in(out) == DATA_FILES
+    assert names_in(tmp_path) == ["run"]
+
+
+def test_of_two_runs_that_write_into_one_new_folder_one_is_refused(folder, tmp_path, without_figure, monkeypatch):
+    others = []
+    to_csv = fasttrace.TraceResult.to_csv
+
+    def slow(result, where):
+        if not others:
+            others.append(1)
+            others.append(trace(folder, "--out", tmp_path / "run", "--seed", 2))
+        return to_csv(result, where)
+
+    monkeypatch.setattr(fasttrace.TraceResult, "to_csv", slow)
+    done = trace(folder, "--out", tmp_path / "run")
+    assert others[1].exit_code == 0
+    assert done.exit_code == 2
+    assert "holds another run (seed 2 there, 1 here)" in done.stderr
+    assert names_in(tmp_path) == ["run"]
+    assert fasttrace.load(tmp_path / "run" / "trace.parquet").metadata["seed"] == 2
+
+
 def test_files_of_a_run_that_cannot_be_told_are_not_replaced(folder, tmp_path, without_figure):
     (tmp_path / "figure.png").write_text("somebody's")
     done = trace(folder, "--out", tmp_path)

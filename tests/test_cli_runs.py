@@ -95,8 +95,9 @@ def test_facts_that_the_model_does_not_know_are_skipped_when_asked_to(home, tmp_
     never = [{"prompt": fact.prompt, "subject": fact.subject, "target": "~never~"} for fact in FACTS]
     (home / "never.json").write_text(json.dumps(never))
     done = run(home, tmp_path / "run", "--require-correct", facts="never.json")
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == 2
     assert "0 facts traced, 6 skipped" in done.stdout
+    assert last_line(done).startswith("error: none of the 6 facts could be traced: the model goes on with ")
     refused = export(tmp_path / "run")
     assert refused.exit_code == 2
     assert "holds no traced facts, only 6 skipped" in refused.stderr

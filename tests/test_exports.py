@@ -1,11 +1,15 @@
+import csv
 import json
+import os
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from fasttrace.errors import StoreError
-from fasttrace.exports import export
+from fasttrace.exports import EXPORTS, export
+from fasttrace.names import RESERVED, is_plain
 from fasttrace.stores import Record, Store
 from tests.test_results import make_result
 from tests.test_stores import FINGERPRINT, fact, result_of, skipped, traced
@@ -100,12 +104,12 @@ def test_ids_that_are_no_file_names_stay_inside_the_folder_and_apart_from_each_o
     assert paths[-1].is_file()
 
 
-def test_facts_that_are_written_while_an_export_runs_wait_for_the_next(tmp_path, monkeypatch):
+def test_facts_that_are_written_while_an_export_runs_wait_for_the_next(tmp_path):
     store = store_of(tmp_path, traced(1))
-    before = store.facts()
+    before = store.coverage()
     Store.open(tmp_path / "run", FINGERPRINT).write([traced(2)])
-    monkeypatch.setattr(store, "facts", lambda: before)
-    assert len(export(store, tmp_path / "out", "csv")) == 4
+    assert store.done == {"1", "2"}
+    assert len(export(store, tmp_path / "out", "csv", shown=before)) == 4
 
 
 def test_an_unknown_format_and_a_store_without_traces_are_refused(tmp_path):
@@ -115,3 +119,114 @@ def test_an_unknown_format_and_a_store_without_traces_are_refused(tmp_path):
     with pytest.raises(StoreError, match="no traced facts, only 1 skipped"):
         export(store, tmp_path, "csv")
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())
+
+
+# What lies in the folder already.
+
+
+def names_in(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("kind", EXPORTS)
+def test_an_export_of_another_store_is_replaced_with_its_table_and_files_of_others_stay(tmp_path, kind):
+    export(store_of(tmp_path / "a", traced(1), traced(2)), tmp_path / "out", kind)
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    export(store_of(tmp_path / "b", traced(7)), tmp_path / "out", kind)
+    export(store_of(tmp_path / "c", traced(7)), tmp_path / "alone", kind)
+    assert names_in(tmp_path / "out") == sorted([*names_in(tmp_path / "alone"), "mine.txt"])
+
+
+@pytest.mark.parametrize("kind", EXPORTS)
+@pytest.mark.parametrize(
+    "content", ["prompt,subject\na b,b\n", "", "\0\xff", "id,status,clean_prob,folder,known_id\n1,2,3,../x,../x\n"]
+)
+def test_a_table_that_is_no_exports_is_not_replaced(tmp_path, kind, content):
+    table = tmp_path / "out" / EXPORTS[kind].table
+    table.parent.mkdir()
+    table.write_bytes(content.encode("latin-1"))
+    with pytest.raises(StoreError, match="is not the table of an earlier export: give another folder"):
+        export(store_of(tmp_path, traced(1)), tmp_path / "out", kind)
+    assert names_in(tmp_path / "out") == [table.name]
+    assert table.read_bytes() == content.encode("latin-1")
+
+
+def test_two_formats_do_not_share_a_folder(tmp_path):
+    store = store_of(tmp_path, traced(1))
+    export(store, tmp_path / "out", "csv")
+    before = names_in(tmp_path / "out")
+    with pytest.raises(StoreError, match="holds an export in the format csv: give another folder"):
+        export(store, tmp_path / "out", "rome-npz")
+    assert names_in(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("place", [".", "parts", "parts/csv", "damaged"])
+def test_the_runs_own_folders_are_no_place_for_an_export(tmp_path, place):
+    store = store_of(tmp_path, traced("parts"))
+    before = names_in(store.folder)
+    with pytest.raises(StoreError, match="is the run's own folder: give another one"):
+        export(store, store.folder / place, "csv")
+    assert names_in(store.folder) == before
+
+
+@pytest.mark.parametrize("kind", EXPORTS)
+def test_a_disk_that_fills_up_leaves_the_earlier_export(tmp_path, kind, monkeypatch):
+    export(store_of(tmp_path / "a", traced(1)), tmp_path / "out", kind)
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in names_in(tmp_path / "out")}
+    right, calls = os.replace, []
+
+    def full(old, new):
+        calls.append(new)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return right(old, new)
+
+    store = store_of(tmp_path / "b", traced(1), traced(2))
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(StoreError, match="No space left on device"):
+        export(store, tmp_path / "out", kind)
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in names_in(tmp_path / "out")} == before
+
+
+# Names and cells.
+
+
+@pytest.mark.parametrize("name", ["con", "NUL", "aux", "com1", "prn.txt", "-rf", "x.", "x "])
+def test_folders_can_be_made_on_windows_too(tmp_path, name):
+    paths = export(store_of(tmp_path, traced(name)), tmp_path / "out", "csv")
+    assert is_plain(paths[0].parent.name)
+    assert paths[0].parent.name.split(".")[0].casefold() not in RESERVED
+    assert pd.read_csv(paths[-1]).folder.tolist() == [paths[0].parent.name]
+
+
+FORMULAS = ["=1+1", "+cmd", "-cmd|x", "@SUM(1)", "\t=1", "\r=1", "\n=1", "\uff1d1"]
+
+
+@pytest.mark.parametrize("kind", EXPORTS)
+@pytest.mark.parametrize("text", [*FORMULAS, "1+1", "-1", "+5", "-2.5e3", "a=1", "'=1"])
+def test_texts_that_a_spreadsheet_would_compute_begin_with_an_apostrophe_and_numbers_stay(tmp_path, kind, text):
+    record = replace(traced(1), fact=fact(text, prompt=text, relation=text))
+    store = store_of(tmp_path, record)
+    for out, safe in (("safe", True), ("raw", False)):
+        export(store, tmp_path / out, kind, spreadsheet_safe=safe)
+        with (tmp_path / out / EXPORTS[kind].table).open(newline="", encoding="utf-8") as file:
+            (row,) = csv.DictReader(file)
+        expected = f"'{text}" if safe and text in FORMULAS else text
+        assert (row["id"], row["prompt"], row["relation"]) == (expected,) * 3
+        assert float(row["clean_prob"]) == record.result.clean_prob
+
+
+def test_a_text_with_line_breaks_is_one_cell_and_the_export_can_be_repeated(tmp_path):
+    store = store_of(tmp_path, replace(traced(1), fact=fact(1, prompt="a\r=1+1,\nb\r\n=2", target='"\r')), skipped(2))
+    for _ in range(2):
+        export(store, tmp_path / "out", "csv")
+        facts = pd.read_csv(tmp_path / "out" / "facts.csv", dtype={"id": str})
+        assert facts.id.tolist() == ["1", "2"]
+        assert facts.prompt[0] == "a\r=1+1,\nb\r\n=2"
+        assert facts.clean_prob[0] == result_of(1).clean_prob
+
+
+def test_effects_below_zero_are_numbers_to_a_spreadsheet(tmp_path):
+    record = replace(traced(1), result=result_of(1, clean_prob=0.1, corrupted_prob=0.4))
+    export(store_of(tmp_path, record), tmp_path / "out", "csv")
+    assert pd.read_csv(tmp_path / "out" / "facts.csv").total_effect.tolist() == [0.1 - 0.4]

@@ -257,7 +257,10 @@ def test_any_bits_and_any_unicode_survive_the_file(data, tmp_path_factory):
     shape = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 4)))
     any_float = st.floats(width=64)
     grids = [
-        {stream: data.draw(hnp.arrays(np.float64, shape, elements=any_float)) for stream in ("block_output", "x y/z")}
+        {
+            stream: data.draw(hnp.arrays(np.float64, shape, elements=any_float))
+            for stream in ("block_output", "mlp_output")
+        }
         for _ in range(2)
     ]
     any_text = st.text(st.characters(exclude_categories=()), max_size=3)
@@ -267,8 +270,10 @@ def test_any_bits_and_any_unicode_survive_the_file(data, tmp_path_factory):
         prob_std=grids[1],
         tokens=tokens,
         token_ids=range(len(tokens)),
+        span=(0, 1),
         clean_prob=data.draw(any_float),
         target=data.draw(any_text),
+        windows={"block_output": 1, "mlp_output": 3},
         metadata={"prompt": data.draw(any_text)},
     )
     path = tmp_path_factory.mktemp("trace") / "trace.parquet"

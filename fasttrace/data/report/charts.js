@@ -16,6 +16,13 @@ function digits(value, count = 4) {
   return value === null || Number.isNaN(value) ? "–" : Number(value).toPrecision(count);
 }
 
+// A bound of an interval with as many decimals as its mean is written with: 0.123 [0.101 … 0.145].
+function alike(value, mean, count = 3) {
+  const shown = digits(mean, count);
+  if (value === null || mean === null || shown.includes("e")) return digits(value, count);
+  return Number(value).toFixed((shown.split(".")[1] ?? "").length);
+}
+
 function signed(value, count = 4) {
   return (value > 0 ? "+" : "") + digits(value, count);
 }
@@ -111,8 +118,8 @@ function meanTexts(line) {
   return line.mean.map((mean, i) => [
     line.name,
     digits(mean),
-    `${digits(line.low[i], 3)} … ${digits(line.high[i], 3)}`,
-    `${digits(line.boot_low[i], 3)} … ${digits(line.boot_high[i], 3)}`,
+    `${alike(line.low[i], mean, 4)} … ${alike(line.high[i], mean, 4)}`,
+    `${alike(line.boot_low[i], mean, 4)} … ${alike(line.boot_high[i], mean, 4)}`,
     `${line.count[i].toLocaleString("en")} tokens of ${line.facts[i].toLocaleString("en")} facts`,
   ]);
 }

@@ -20,12 +20,12 @@ function tile(name, value, detail) {
 }
 
 function interval(row) {
-  return row.low === null ? "" : `95 %: ${digits(row.low, 3)} … ${digits(row.high, 3)}`;
+  return row.low === null ? "" : `95 %: ${alike(row.low, row.mean)} … ${alike(row.high, row.mean)}`;
 }
 
 function tiles() {
-  const { facts, traced, asked, known } = DATA.counts;
-  const shown = [tile("Facts traced", count(traced), `of ${count(facts)}`)];
+  const { facts, traced, asked, known, missing = 0 } = DATA.counts;
+  const shown = [tile("Facts traced", count(traced), `of ${count(facts + missing)}`)];
   if (asked) shown.push(tile("Known by the model", count(known), `of ${count(asked)} with an expected answer`));
   if (!DATA.averages) return shown;
   const [clean, corrupted, total] = DATA.averages.totals;
@@ -98,7 +98,7 @@ function showAverages() {
 }
 
 function peakNote(peak) {
-  const bounds = peak.low === null ? "" : ` [${digits(peak.low, 3)} … ${digits(peak.high, 3)}]`;
+  const bounds = peak.low === null ? "" : ` [${alike(peak.low, peak.mean)} … ${alike(peak.high, peak.mean)}]`;
   return `Largest: ${peak.name.toLowerCase()}, block ${peak.layer}, ${digits(peak.mean, 3)}${bounds}`;
 }
 
