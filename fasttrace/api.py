@@ -14,9 +14,10 @@ from fasttrace.engines.passes import Progress, run_in_passes
 from fasttrace.engines.select import EngineChoice, choose
 from fasttrace.loading import load
 from fasttrace.ops import fused
-from fasttrace.prompts import Prompt, encode, plain_ids
+from fasttrace.prompts import Prompt, encode, subjects_of
 from fasttrace.results import TraceResult
 from fasttrace.sweeps import Sweep
+from fasttrace.tokenization import check_tokenizer
 
 if TYPE_CHECKING:
     from fasttrace.datasets import Fact
@@ -55,9 +56,9 @@ class Tracer:
             fuse: compute with faster equivalents of the model's modules while a trace runs; see `fasttrace.ops`.
 
         Raises:
-            ModelError: not a decoder-only language model, or parts that are not found.
+            ModelError: not a decoder-only language model, parts that are not found, or no Hugging Face tokenizer.
         """
-        self.model, self.tokenizer, self.fuse = model, tokenizer, fuse
+        self.model, self.tokenizer, self.fuse = model, check_tokenizer(tokenizer), fuse
         self._anatomy = anatomy_of(model, modules)
         config: Any = model.config
         self.name = name or config.name_or_path or type(model).__name__
@@ -255,10 +256,11 @@ class Tracer:
         subject: Any,
         target: Any = None,
         *,
+        subject_start: int | None = None,
         first_target_token: bool = False,
         tell: bool = True,
     ) -> Prompt:
-        """A prompt, its subject and its target as tokens of this model; see `trace`.
+        """A prompt, its subject and its target as tokens of this model; see `trace` and `prompts.encode`.
 
         Raises:
             PromptError: one of them cannot be used; it shows the tokens.
@@ -271,6 +273,7 @@ class Tracer:
             target,
             vocabulary=anatomy.vocabulary,
             max_positions=anatomy.max_positions,
+            subject_start=subject_start,
             first_target_token=first_target_token,
             tell=tell,
         )
@@ -296,7 +299,7 @@ class Tracer:
             PlanError: an unknown noise rule.
             EngineError: an unknown engine, or none that passes the self-check.
         """
-        ids = [plain_ids(self.tokenizer, item) if isinstance(item, str) else list(item) for item in subjects]
+        ids = subjects_of(self.tokenizer, subjects, self._anatomy.vocabulary) if isinstance(noise, str) else []
         sigma = sigma_of(noise, self._anatomy.embedding, ids, self.device)
         about = {
             "model": self.name,
