@@ -152,8 +152,8 @@ class Tracer:
 
         Args:
             prompt: text, or token ids.
-            subject: text that occurs once in the prompt, or a half-open token span.
-            target: text of one token behind the prompt (a space is put before it where two words would meet), a token
+            subject: text that occurs once in the prompt as a whole word, or else once, or a half-open token span.
+            target: text of one token behind the prompt (a space is put before it where running text has one), a token
                 id, or None for the clean run's top token.
             streams: sites whose clean values are restored, one grid each; None: those of the figure that the model
                 has, see `streams`.
@@ -201,6 +201,7 @@ class Tracer:
         budget: int | str = "auto",
         require_correct: bool = False,
         strict: bool = False,
+        compat: str | None = None,
     ) -> "Iterator[Record]":
         """Causal traces of many prompts, several in one forward pass, yielded as they finish.
 
@@ -219,9 +220,12 @@ class Tracer:
             engine: see `trace`; those that cannot share a pass take one prompt after the other.
             budget: largest number of tokens in a pack, or "auto": from free memory, on a CPU what suits its caches. A
                 prompt that needs more takes several passes. When memory runs out, the budget is halved.
-            require_correct: skip facts whose clean top token is not the start of the expected answer; of the others
-                that token is scored, as by the code published with Meng et al. (2022).
+            require_correct: skip facts that the model does not know: whose clean top token is not the first token of
+                the expected answer, as that is tokenized behind the prompt. A fact without answer is not known.
             strict: raise at the first fact that cannot be traced, instead of a record that says why it was skipped.
+            compat: "rome" tells what is known as the code published with Meng et al. (2022) does: the clean top token
+                and the whole answer are the same text, space around them aside; that token is then scored. The rule
+                is in the results' metadata as "target_rule".
 
         Yields:
             A record of every fact, with its result or the reason why there is none.
@@ -247,6 +251,7 @@ class Tracer:
                 budget=budget,
                 require_correct=require_correct,
                 strict=strict,
+                compat=compat,
             )
         )
 

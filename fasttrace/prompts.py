@@ -104,7 +104,8 @@ def subjects_of(tokenizer: Any, subjects: Any, vocabulary: int) -> list[list[int
         vocabulary: number of token ids the model knows.
 
     Raises:
-        PromptError: there are none, one is empty or neither text nor token ids, or has ids that the model does not know.
+        PromptError: there are none, or one is neither text nor token ids, has no tokens, or such as the model does not
+            know.
     """
     given = [subjects] if isinstance(subjects, str) else _listed(subjects)
     if given and all(_whole(value) is not None for value in given):
@@ -217,9 +218,7 @@ def _found_span(
     return span, [*filter(None, [place.note])]
 
 
-def _place_of(
-    wanted: str, start: int | None, text: str, offsets: Offsets, tokens: tuple[str, ...]
-) -> Place:
+def _place_of(wanted: str, start: int | None, text: str, offsets: Offsets, tokens: tuple[str, ...]) -> Place:
     if start is not None:
         if start < 0 or not text.startswith(wanted, start):
             raise PromptError(f"subject {wanted!r} does not stand at character {start} of {text!r}; correct one")

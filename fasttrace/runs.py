@@ -223,7 +223,7 @@ def fingerprint_of(tracer: "Tracer", study: Study) -> dict[str, Any]:
         "window": max(sweep.windows.values()),
         "dtype": str(tracer.dtype).removeprefix("torch."),
         "metric": "probability",
-        "target": "clean top token, if correct" if study.require_correct else "first token of the answer",
+        "target": study.target_rule,
         "versions": dict(versions()),
     }
 

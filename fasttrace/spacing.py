@@ -5,6 +5,8 @@ a space; inside a word, behind what opens, before what closes, and in scripts wi
 writers differ, the answer is not sure, and `targets` tells the user which token was taken.
 """
 
+# ruff: noqa: RUF001 (quotes and dashes of all kinds are what this is about)
+
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -127,7 +129,7 @@ def _behind(before: str) -> Space:
     category = unicodedata.category(last)
     if last in OPENING or last in DOUBLE or last in APOSTROPHES:
         return _behind_quote(last, head)
-    if category[0] in "LN" or category == "Pe" or category == "So" and last != "\ufffd":
+    if category[0] in "LN" or category == "Pe" or (category == "So" and last != "\ufffd"):
         return YES
     if category == "Ps":
         return NEVER
@@ -193,9 +195,8 @@ def _ahead(before: str, after: str) -> Space:
         return NEVER
     if category == "Sc":
         return RATHER_NOT if behind_digit else YES
-    if category == "Pd" or first == ".":  # a minus, a decimal point; else a hyphen or a dash, the end of a sentence
-        if rest[:1].isdigit():
-            return RATHER_NOT if behind_digit else YES
+    if (category == "Pd" or first == ".") and rest[:1].isdigit():  # a minus, a decimal point
+        return RATHER_NOT if behind_digit else YES
     if category == "So":
         return RATHER_NOT if first in "°™®\ufffd" else YES
     if category == "Po" and first in SPACED_BEFORE:

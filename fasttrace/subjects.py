@@ -4,6 +4,8 @@ Whole words come before letters inside other words. Letters that Unicode writes 
 other differences (case, quotes, dashes) are shown to the user and not guessed.
 """
 
+# ruff: noqa: RUF001 (quotes and dashes of all kinds are what this is about)
+
 import unicodedata
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
@@ -79,7 +81,7 @@ def _joined(neighbor: str, own: str) -> bool:
 
     Nothing tells in scripts without spaces, nor in Korean, where particles follow a word directly.
     """
-    if is_unspaced(neighbor) or is_unspaced(own) or _is_hangul(neighbor) and _is_hangul(own):
+    if is_unspaced(neighbor) or is_unspaced(own) or (_is_hangul(neighbor) and _is_hangul(own)):
         return False
     return is_word(neighbor)
 
@@ -95,7 +97,8 @@ def _places(wanted: str, text: str) -> list[tuple[int, int]]:
     """All places of a text in another, by the strictest form of Unicode that has one."""
     if text.isascii() and wanted.isascii():
         return _plain_places(wanted, text)
-    return _folded_places(wanted, text, _canonical) or _plain_places(wanted, text) or _folded_places(wanted, text, _same)
+    canonical = _folded_places(wanted, text, _canonical)
+    return canonical or _plain_places(wanted, text) or _folded_places(wanted, text, _compatible)
 
 
 def _plain_places(wanted: str, text: str) -> list[tuple[int, int]]:
@@ -142,7 +145,7 @@ def _canonical(piece: str) -> str:
     return unicodedata.normalize("NFD", piece)
 
 
-def _same(piece: str) -> str:
+def _compatible(piece: str) -> str:
     """Of one piece, what it has in common with others that mean the same: full-width letters, ligatures, spaces."""
     return unicodedata.normalize("NFKD", piece)
 
