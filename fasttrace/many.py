@@ -32,8 +32,8 @@ from fasttrace.sweeps import Sweep
 if TYPE_CHECKING:
     from fasttrace.api import Tracer
 
-KNOWN = {None: "it is the first token of the answer", "rome": "its text is the answer, as by ROME"}
-"""When a fact counts as known, by the name of the rule."""
+CORRECT = {None: "correct", "rome": "correct by ROME's rule (it is the whole answer)"}
+"""What it takes for a fact to be known, by the name of the rule."""
 
 MOST_PROMPTS = 64
 """In one pack; more would only make packs harder to deal out."""
@@ -94,10 +94,9 @@ class Study:
     @property
     def target_rule(self) -> str:
         """What is scored, in words: a part of what makes two runs the same run."""
-        known = KNOWN[self.compat]
         if self.require_correct:
-            return f"clean top token, if {known}"
-        return "first token of the answer" + (f"; correct if {known}" if self.compat else "")
+            return f"clean top token, if {CORRECT[self.compat]}"
+        return "first token of the answer" + (f"; known if {CORRECT[self.compat]}" if self.compat else "")
 
     def encoded(self, facts: Iterable[Fact]) -> tuple[list[Encoded], list[Record]]:
         """Facts as tokens, and those that cannot be.
