@@ -142,7 +142,9 @@ class Study:
             return "it has no expected answer, so that nothing tells whether the model knows it"
         said = token_text(self.sweep.tokenizer, top)
         reason = f"the model goes on with {said!r}, not with {each.fact.target!r}"
-        if self.compat == "rome" or each.prompt.target_id is None:
+        if self.compat == "rome":
+            return f"{reason} (compat='rome')"
+        if each.prompt.target_id is None:
             return reason
         return f"{reason}, whose first token is {token_text(self.sweep.tokenizer, each.prompt.target_id)!r}"
 
