@@ -16,9 +16,10 @@ from fasttrace.engines.select import EngineChoice, choose
 from fasttrace.identity import identity_of, shown_name
 from fasttrace.loading import load
 from fasttrace.ops import fused
-from fasttrace.prompts import Prompt, encode, plain_ids
+from fasttrace.prompts import Prompt, encode, subjects_of
 from fasttrace.results import TraceResult
 from fasttrace.sweeps import Sweep
+from fasttrace.tokenization import check_tokenizer
 
 if TYPE_CHECKING:
     from fasttrace.datasets import Fact
@@ -57,9 +58,9 @@ class Tracer:
             fuse: compute with faster equivalents of the model's modules while a trace runs; see `fasttrace.ops`.
 
         Raises:
-            ModelError: not a decoder-only language model, or parts that are not found.
+            ModelError: not a decoder-only language model, parts that are not found, or no Hugging Face tokenizer.
         """
-        self.model, self.tokenizer, self.fuse = model, tokenizer, fuse
+        self.model, self.tokenizer, self.fuse = model, check_tokenizer(tokenizer), fuse
         self._anatomy = anatomy_of(model, modules)
         config: Any = model.config
         self.name = _name_of(name, config.name_or_path or type(model).__name__)
@@ -161,8 +162,8 @@ class Tracer:
 
         Args:
             prompt: text, or token ids.
-            subject: text that occurs once in the prompt, or a half-open token span.
-            target: text of one token behind the prompt (a space is put before it where two words would meet), a token
+            subject: text that occurs once in the prompt as a whole word, or else once, or a half-open token span.
+            target: text of one token behind the prompt (a space is put before it where running text has one), a token
                 id, or None for the clean run's top token.
             streams: sites whose clean values are restored, one grid each; None: those of the figure that the model
                 has, see `streams`.
@@ -210,6 +211,7 @@ class Tracer:
         budget: int | str = "auto",
         require_correct: bool = False,
         strict: bool = False,
+        compat: str | None = None,
     ) -> "Iterator[Record]":
         """Causal traces of many prompts, several in one forward pass, yielded as they finish.
 
@@ -228,9 +230,12 @@ class Tracer:
             engine: see `trace`; those that cannot share a pass take one prompt after the other.
             budget: largest number of tokens in a pack, or "auto": from free memory, on a CPU what suits its caches. A
                 prompt that needs more takes several passes. When memory runs out, the budget is halved.
-            require_correct: skip facts whose clean top token is not the start of the expected answer; of the others
-                that token is scored, as by the code published with Meng et al. (2022).
+            require_correct: skip facts that the model does not know: whose clean top token is not the first token of
+                the expected answer, as that is tokenized behind the prompt. A fact without answer is not known.
             strict: raise at the first fact that cannot be traced, instead of a record that says why it was skipped.
+            compat: "rome" tells what is known as the code published with Meng et al. (2022) does: the clean top token
+                and the whole answer are the same text, space around them aside; that token is then scored. The rule
+                is in the results' metadata as "target_rule".
 
         Yields:
             A record of every fact, with its result or the reason why there is none.
@@ -256,6 +261,7 @@ class Tracer:
                 budget=budget,
                 require_correct=require_correct,
                 strict=strict,
+                compat=compat,
             )
         )
 
@@ -265,10 +271,11 @@ class Tracer:
         subject: Any,
         target: Any = None,
         *,
+        subject_start: int | None = None,
         first_target_token: bool = False,
         tell: bool = True,
     ) -> Prompt:
-        """A prompt, its subject and its target as tokens of this model; see `trace`.
+        """A prompt, its subject and its target as tokens of this model; see `trace` and `prompts.encode`.
 
         Raises:
             PromptError: one of them cannot be used; it shows the tokens.
@@ -281,6 +288,7 @@ class Tracer:
             target,
             vocabulary=anatomy.vocabulary,
             max_positions=anatomy.max_positions,
+            subject_start=subject_start,
             first_target_token=first_target_token,
             tell=tell,
         )
@@ -306,7 +314,7 @@ class Tracer:
             PlanError: an unknown noise rule.
             EngineError: an unknown engine, or none that passes the self-check.
         """
-        ids = [plain_ids(self.tokenizer, item) if isinstance(item, str) else list(item) for item in subjects]
+        ids = subjects_of(self.tokenizer, subjects, self._anatomy.vocabulary) if isinstance(noise, str) else []
         sigma = sigma_of(noise, self._anatomy.embedding, ids, self.device)
         about = {
             "model": self.name,

@@ -66,8 +66,12 @@ def run(
     model: Model = embedded.MODEL_NAME,
     limit: Annotated[int | None, typer.Option(help="Read that many facts.", min=1)] = None,
     require_correct: Annotated[
-        bool, typer.Option("--require-correct", help="Skip facts that the model does not know, as ROME does.")
+        bool, typer.Option("--require-correct", help="Skip facts that the model does not know.")
     ] = False,
+    compat: Annotated[
+        str | None,
+        typer.Option(help="rome: known is what ROME's code takes for known, a token that is the whole answer."),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first malformed row or fact.")] = False,
     stream: Stream = None,
     window: Window = 10,
@@ -90,15 +94,19 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
     """Trace a set of facts into a folder; run it again to go on, under accelerate launch to use more devices."""
-    from fasttrace.datasets import read_facts
+    from fasttrace.datasets import check_answers, read_facts
     from fasttrace.distributed import Ranks
+    from fasttrace.many import check_compat
     from fasttrace.progress import FactsBar
     from fasttrace.runs import run as run_facts
 
     ranks = Ranks.current(cpu=device.startswith("cpu"))
     if not ranks.is_first:
         _say_only_errors()
+    check_compat(compat)
     found = read_facts(facts if facts == "builtin" else Path(facts), strict=strict, limit=limit)
+    if require_correct:
+        check_answers(found)
     subjects = None if noise_subjects is None else read_subjects(noise_subjects)
     loading = {"dtype": dtype, "revision": revision, "modules": module_paths(module), "fuse": fuse}
     loading |= {"device_map": device_map, "offload_folder": offload_folder}
@@ -106,6 +114,7 @@ def run(
     tracer = ranks.in_turn(lambda: load_model(model, device=device, say=ranks.is_first, **loading))
     options = {"window": window, "noise": number_or_text(noise, float), "noise_subjects": subjects}
     options |= {"samples": samples, "seed": seed, "engine": engine, "budget": number_or_text(budget, int)}
+    options |= {"compat": compat} if compat else {}
     options |= {"require_correct": require_correct, "strict": strict, "streams": stream and tuple(stream)}
     with FactsBar(quiet or not ranks.is_first) as progress:
         outcome = run_facts(tracer, found, out, ranks=ranks, shard=shard, progress=progress, **options)

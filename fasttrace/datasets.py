@@ -4,11 +4,10 @@ A row that cannot be traced is told apart here, before a model is loaded: it is 
 and the others go on.
 """
 
-import dataclasses
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,11 @@ import numpy as np
 import pandas as pd
 
 from fasttrace.errors import PromptError, StoreError
-from fasttrace.fact_files import COLUMNS, NESTED, Row, Rows, check_columns, read_rows, rows_of_json
+from fasttrace.fact_columns import normal
+from fasttrace.fact_files import Row, Rows, check_columns, read_rows, rows_of_json, rows_of_table
+from fasttrace.fact_rows import Fact, checked, fact_of
 
-__all__ = ["BUILTIN", "BadRow", "Fact", "FactSet", "read_facts"]
+__all__ = ["BUILTIN", "BadRow", "Fact", "FactSet", "check_answers", "read_facts"]
 
 BUILTIN = "builtin"
 """The name of the set of facts that comes with fasttrace."""
@@ -28,27 +29,6 @@ SHOWN = 3
 """Malformed rows that a message names; all of them are in the set."""
 
 logger = logging.getLogger("fasttrace")
-
-
-@dataclass(frozen=True)
-class Fact:
-    """One fact to trace.
-
-    Attributes:
-        id: names it in a store; unique in its set.
-        prompt: text that the model continues.
-        subject: text that occurs in the prompt.
-        target: the expected answer, of which the first token is scored; None: the clean run's top token.
-        foil: an answer that is wrong, kept beside the fact.
-        relation: what kind of fact it is, such as ROME's "P103".
-    """
-
-    id: str
-    prompt: str
-    subject: str
-    target: str | None = None
-    foil: str | None = None
-    relation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,12 +61,14 @@ class FactSet:
         bad: the rows that were skipped.
         subjects: of all facts of the source, those behind a limit included, for noise that is measured on them; by
             default those of `facts`.
+        columns: names that were found in the rows.
     """
 
     name: str
     facts: tuple[Fact, ...]
     bad: tuple[BadRow, ...] = ()
     subjects: tuple[str, ...] = ()
+    columns: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Takes the facts' own subjects where none are given."""
@@ -103,15 +85,20 @@ class FactSet:
 def read_facts(source: Any, *, strict: bool = False, limit: int | None = None) -> FactSet:
     """Reads facts, and skips the rows that are none.
 
-    A fact has prompt and subject, and may have target (or ROME's attribute), foil, id (known_id, case_id) and
-    relation (relation_id); CounterFact's requested_rewrite is understood; other columns are ignored. Without id
-    the fact is named by its row's number, from 0. Null, NaN and empty cells of CSV are None. The subject has to
-    occur in the prompt once, space around it aside.
+    A fact has prompt and subject, and may have target, foil, id and relation. Each is also found under the names that
+    ROME, CounterFact, KnowEdit, LAMA and others use (`fact_columns.COLUMNS` lists them: attribute, answer,
+    ground_truth, obj_label, ...), in any case and with spaces, hyphens or low lines; the first of these that is not
+    null counts, and of a list of answers the first. A column that only seems to hold answers is refused by name; other
+    columns are ignored. Without id the fact is named by its row's number, from 0. Null, NaN and empty cells of CSV are
+    None.
+
+    The subject has to occur in the prompt once, space around it aside: as a whole word, or else at all. In a prompt
+    with {}, or a column template, that is its place, and it may occur elsewhere too.
 
     Args:
         source: "builtin"; the path of a file, UTF-8: .json (a list, such as ROME's known facts and CounterFact),
-            .jsonl, .csv (with commas) or .parquet; a pandas DataFrame; a Hugging Face Dataset; or any iterable of
-            mappings or facts.
+            .jsonl, .csv (with commas) or .parquet; a table of pandas, polars, pyarrow or numpy; a Hugging Face
+            Dataset; a dict of columns; or any iterable of mappings or facts.
         strict: stop at the first malformed row.
         limit: give that many facts; None gives all. The rest of a source that is there as a whole (a file, a table, a
             list) is read for its subjects, so that noise that is measured on them is the same without the limit; an
@@ -124,16 +111,38 @@ def read_facts(source: Any, *, strict: bool = False, limit: int | None = None) -
     if limit is not None and limit < 1:
         raise PromptError(f"limit is {limit}: give at least 1, or None for all facts")
     name, found = _rows_of(source)
-    whole = not isinstance(source, Iterator)
-    facts, bad, subjects = _sort(found, strict, limit, whole)
+    gathered = _Gathered()
+    gathered.read(found, strict, limit, whole=not isinstance(source, Iterator))
+    facts, bad = gathered.facts, gathered.bad
     if not facts:
         raise PromptError(f"no facts in {found.name}: {_listed(bad) or 'it is empty'}; give at least one good row")
     if bad:
         logger.warning("%s: skipped %d of %d rows: %s", found.name, len(bad), len(bad) + len(facts), _listed(bad))
-    return FactSet(name, tuple(facts), tuple(bad), source.subjects if isinstance(source, FactSet) else tuple(subjects))
+    if gathered.notes:
+        noted = [f"{found.unit} {line}: {note}" for line, note in gathered.notes]
+        logger.warning("%s: taken otherwise than written, %d times: %s", found.name, len(noted), _listed(noted))
+    for told in gathered.told:
+        logger.warning("%s: %s", found.name, told)
+    subjects = source.subjects if isinstance(source, FactSet) else tuple(gathered.subjects)
+    return FactSet(name, tuple(facts), tuple(bad), subjects, tuple(gathered.columns))
 
 
-def _listed(bad: list[BadRow]) -> str:
+def check_answers(facts: FactSet) -> None:
+    """Refuses a set without a single answer, for what asks whether the model knows them.
+
+    Raises:
+        PromptError: no fact has a target; it names the columns that were found.
+    """
+    if any(fact.target is not None for fact in facts):
+        return
+    columns = f"its columns are {', '.join(facts.columns)}; rename" if facts.columns else "give"
+    raise PromptError(
+        f"require_correct asks which facts the model knows, and none of the {len(facts)} in {facts.name} has an "
+        f"answer: {columns} the one that holds the answers {'to ' if facts.columns else 'as '}target"
+    )
+
+
+def _listed(bad: Sequence[Any]) -> str:
     more = [f"and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
     return "; ".join([*map(str, bad[:SHOWN]), *more])
 
@@ -149,7 +158,11 @@ def _rows_of(source: Any) -> tuple[str, Rows]:
     if isinstance(source, str | os.PathLike):
         return Path(source).name, read_rows(Path(source))
     name = source.name if isinstance(source, FactSet) else type(source).__name__
-    return name, Rows(name, "row", _numbered(_values_of(source, name)))
+    if not isinstance(source, pd.DataFrame | pd.Series):
+        table = rows_of_table(source, name)
+        if table is not None:
+            return name, table
+    return name, Rows(name, "row", (Row(number, row) for number, row in enumerate(_values_of(source, name), start=1)))
 
 
 def _values_of(source: Any, name: str) -> Iterable[Any]:
@@ -157,9 +170,11 @@ def _values_of(source: Any, name: str) -> Iterable[Any]:
     if isinstance(source, pd.DataFrame):
         check_columns(source.columns, name)
         return source.to_dict("records")
+    if isinstance(source, np.ndarray) and source.dtype.names is not None:
+        check_columns(source.dtype.names, name)
+        return [dict(zip(source.dtype.names, row, strict=True)) for row in source.ravel().tolist()]
     if isinstance(source, Mapping):
-        keys = ", ".join(map(str, source))
-        raise StoreError(f"found one {name} with {keys}: give a list of facts, or one split of a DatasetDict")
+        return _rows_of_columns(source, name)
     if not isinstance(source, Iterable) or isinstance(source, bytes):
         raise StoreError(f"found {name}: give 'builtin', the path of a file, a DataFrame, or an iterable of facts")
     columns = getattr(source, "column_names", None)
@@ -168,145 +183,82 @@ def _values_of(source: Any, name: str) -> Iterable[Any]:
     return source
 
 
-def _numbered(values: Iterable[Any]) -> Iterator[Row]:
-    return (Row(number, value) for number, value in enumerate(values, start=1))
+def _rows_of_columns(source: Mapping[Any, Any], name: str) -> list[dict[Any, Any]]:
+    """The rows of a dict of columns."""
+    keys = ", ".join(map(str, source))
+    is_columns = all(isinstance(values, list | tuple | np.ndarray | pd.Series) for values in source.values())
+    if not is_columns or "subject" not in map(normal, map(str, source)):
+        raise StoreError(f"found one {name} with {keys}: give a list of facts, or one split of a DatasetDict")
+    check_columns(source, name)
+    lengths = {str(column): len(values) for column, values in source.items()}
+    if len(set(lengths.values())) > 1:
+        each = ", ".join(f"{column} {length}" for column, length in lengths.items())
+        raise StoreError(f"the columns of a {name} differ in length ({each}): give them a value for every fact")
+    return [dict(zip(source, row, strict=True)) for row in zip(*source.values(), strict=True)]
 
 
 # From rows to facts.
 
 
-def _sort(found: Rows, strict: bool, limit: int | None, whole: bool) -> tuple[list[Fact], list[BadRow], list[str]]:
-    """The good up to `limit`, the bad among them, and the subjects of all good ones.
+class _Gathered:
+    """What has been read of a source so far.
 
-    With `strict` it stops at a bad row; unless `whole`, at the limit.
+    Attributes:
+        facts, bad: the good rows up to the limit, and the bad ones among them.
+        subjects: of all good rows, those behind the limit included.
+        columns: names found, in order.
+        notes: of single rows, each with its place.
+        told: of all rows; a sentence comes once.
     """
-    facts, bad, subjects, places = [], [], [], {}
-    for number, row in enumerate(found.rows):
-        full = len(facts) == limit
-        try:
-            fact = _fact_of(row, number)
-            _check_new(fact.id, places, f"{found.unit} {row.line}")
-        except PromptError as error:
-            if full:
+
+    def __init__(self):
+        self.facts: list[Fact] = []
+        self.bad: list[BadRow] = []
+        self.subjects: list[str] = []
+        self.columns: dict[str, None] = {}
+        self.notes: list[tuple[int, str]] = []
+        self.told: dict[str, None] = {}
+
+    def read(self, found: Rows, strict: bool, limit: int | None, whole: bool) -> None:
+        """Reads rows: behind the limit subjects alone, and only of a source that is there as a whole.
+
+        With `strict` it stops at a bad row.
+        """
+        places: dict[str, str] = {}
+        for number, row in enumerate(found.rows):
+            full = len(self.facts) == limit
+            try:
+                fact = self._fact_of(row, number)
+                _check_new(fact.id, places, f"{found.unit} {row.line}")
+            except PromptError as error:
+                if full:
+                    continue
+                self.bad.append(BadRow(row.line, str(error), found.unit))
+                if strict:
+                    raise PromptError(f"{found.name}, {self.bad[-1]}; correct it, or skip it without strict") from None
                 continue
-            bad.append(BadRow(row.line, str(error), found.unit))
-            if strict:
-                raise PromptError(f"{found.name}, {bad[-1]}; correct it, or skip it without strict") from None
-            continue
-        subjects.append(fact.subject)
-        if not full:
-            facts.append(fact)
-        if len(facts) == limit and not whole:
-            break
-    return facts, bad, subjects
+            self.subjects.append(fact.subject)
+            if not full:
+                self.facts.append(fact)
+                if not isinstance(row.values, Fact):
+                    self.notes += [(row.line, note) for note in fact.notes]
+            if len(self.facts) == limit and not whole:
+                break
+
+    def _fact_of(self, row: Row, number: int) -> Fact:
+        """Reads a row; the error's message is the reason why it is none."""
+        if row.reason is not None:
+            raise PromptError(row.reason)
+        if isinstance(row.values, Fact):
+            return checked(row.values)
+        if isinstance(row.values, Mapping):
+            self.columns |= dict.fromkeys(map(str, row.values))
+        fact, told = fact_of(row.values, number)
+        self.told |= dict.fromkeys(told)
+        return fact
 
 
 def _check_new(fact_id: str, places: dict[str, str], place: str) -> None:
     if fact_id in places:
         raise PromptError(f"id {fact_id!r} is already that of {places[fact_id]}: ids have to be unique")
     places[fact_id] = place
-
-
-def _fact_of(row: Row, number: int) -> Fact:
-    """Reads a row; the error's message is the reason why it is none."""
-    if row.reason is not None:
-        raise PromptError(row.reason)
-    values = _flat(row.values)
-    texts = {field: _text_of(values, names) for field, names in COLUMNS.items() if field != "id"}
-    prompt, subject = (_required(texts.pop(field), field, values) for field in ("prompt", "subject"))
-    _check_subject(subject, prompt)
-    return Fact(_id_of(values, number), prompt, subject, **texts)
-
-
-def _flat(values: Any) -> Mapping[str, Any]:
-    """A row's columns, CounterFact's and a fact's own included."""
-    if isinstance(values, Fact):
-        return dataclasses.asdict(values)
-    if not isinstance(values, Mapping):
-        raise PromptError(f"it is {_short(values)}: expected an object with prompt and subject")
-    rewrite = values.get(NESTED)
-    if _is_null(rewrite):
-        return values
-    if not isinstance(rewrite, Mapping):
-        raise PromptError(f"{NESTED} is {_short(rewrite)}: expected an object with prompt and subject")
-    answers = {name: _answer(rewrite.get(name)) for name in ("target_true", "target_new")}
-    return {**values, **rewrite, **answers, "prompt": _filled(rewrite)}
-
-
-def _answer(value: Any) -> Any:
-    return value.get("str", value) if isinstance(value, Mapping) else value
-
-
-def _filled(rewrite: Mapping[str, Any]) -> Any:
-    """CounterFact's prompt with the subject in its place; what is not text is left to be refused."""
-    template, subject = rewrite.get("prompt"), rewrite.get("subject")
-    if not isinstance(template, str) or not isinstance(subject, str):
-        return template
-    if template.count("{}") != 1:
-        raise PromptError(
-            f"prompt {_short(template)} has {template.count('{}')} places {{}} for the subject: expected 1"
-        )
-    return template.replace("{}", subject)
-
-
-def _first(values: Mapping[str, Any], names: Iterable[str]) -> tuple[str, Any]:
-    """The first of some columns that is not null, and its value; None without one."""
-    given = ((name, values[name]) for name in names if name in values)
-    return next(((name, value) for name, value in given if not _is_null(value)), ("", None))
-
-
-def _is_null(value: Any) -> bool:
-    return bool(pd.api.types.is_scalar(value) and pd.isna(value))
-
-
-def _text_of(values: Mapping[str, Any], names: Iterable[str]) -> str | None:
-    name, value = _first(values, names)
-    return None if value is None else _checked_text(name, value)
-
-
-def _checked_text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise PromptError(f"{name} is {_short(value)}: expected text")
-    if not value.strip():
-        raise PromptError(f"{name} is empty: expected text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise PromptError(f"{name} is {_short(value)}, with half of a character that cannot be stored") from None
-    return str(value)  # a plain one, also of numpy's
-
-
-def _required(value: str | None, name: str, values: Mapping[str, Any]) -> str:
-    if value is None:
-        found = ", ".join(str(key) for key in values if not _is_null(values[key])) or "nothing"
-        raise PromptError(f"{name} is missing: expected prompt and subject, found {found}")
-    return value
-
-
-def _check_subject(subject: str, prompt: str) -> None:
-    """Holds a subject to the rule of `prompts.encode`, so that a row that passes can be traced."""
-    wanted = subject.strip()
-    times = sum(prompt.startswith(wanted, start) for start in range(len(prompt)))
-    if times == 0:
-        raise PromptError(f"subject {wanted!r} does not occur in prompt {prompt!r}: write it as it stands there")
-    if times > 1:
-        raise PromptError(f"subject {wanted!r} occurs {times} times in prompt {prompt!r}: expected once")
-
-
-def _id_of(values: Mapping[str, Any], number: int) -> str:
-    """A fact's id as text; frames make whole numbers to floats where one is missing."""
-    name, value = _first(values, COLUMNS["id"])
-    if value is None:
-        return str(number)
-    if isinstance(value, float | np.floating):
-        if not value.is_integer():
-            raise PromptError(f"{name} is {value}: expected text or a whole number")
-        return str(int(value))
-    if isinstance(value, int | np.integer) and not isinstance(value, bool):
-        return str(value)
-    return _checked_text(name, value)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

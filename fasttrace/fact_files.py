@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,21 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fasttrace.errors import StoreError
+from fasttrace.fact_columns import NESTED, is_read, normal
 
-__all__ = ["COLUMNS", "NESTED", "Row", "Rows", "check_columns", "read_rows", "rows_of_json"]
-
-NESTED = "requested_rewrite"
-"""The column in which CounterFact keeps prompt, subject and answers."""
-
-COLUMNS = {
-    "id": ("id", "known_id", "case_id"),
-    "prompt": ("prompt",),
-    "subject": ("subject",),
-    "target": ("target", "attribute", "target_true"),
-    "foil": ("foil", "target_new", "target_false"),
-    "relation": ("relation", "relation_id"),
-}
-"""The names under which each field of a fact is found; the first that is there and not null counts."""
+__all__ = ["Row", "Rows", "check_columns", "read_rows", "rows_of_json", "rows_of_table"]
 
 
 @dataclass(frozen=True)
@@ -81,22 +68,22 @@ def check_columns(columns: Iterable[Any], name: str) -> None:
     Raises:
         StoreError: prompt or subject is missing, or a column of a fact has two of the same name.
     """
-    counts = Counter(str(column) for column in columns)
-    found = ", ".join(counts) or "none"
-    missing = [column for column in ("prompt", "subject") if column not in counts]
-    if missing and NESTED not in counts:
+    given: dict[str, list[str]] = {}
+    for column in map(str, columns):
+        given.setdefault(normal(column), []).append(column)
+    found = ", ".join(name for names in given.values() for name in names) or "none"
+    is_filled = "prompt" in given or "template" in given
+    missing = [name for name, there in (("prompt", is_filled), ("subject", "subject" in given)) if not there]
+    if missing and normal(NESTED) not in given:
         advice = "separate them by commas" if any(mark in found for mark in ";\t") else "rename the columns"
         raise StoreError(
             f"{name} has no column {' and no column '.join(missing)}, its columns are {found}: "
             f"expected prompt, subject and target, and if you like id, foil and relation; {advice}"
         )
-    twice = [column for column in _known_columns() if counts[column] > 1]
-    if twice:
-        raise StoreError(f"{name} has {counts[twice[0]]} columns called {twice[0]}: keep one of them")
-
-
-def _known_columns() -> list[str]:
-    return [NESTED, *(name for names in COLUMNS.values() for name in names)]
+    for names in given.values():
+        if len(names) > 1 and is_read(names[0]):
+            called = f"called {names[0]}" if len(set(names)) == 1 else f"for one thing, {' and '.join(names)}"
+            raise StoreError(f"{name} has {len(names)} columns {called}: keep one of them")
 
 
 def _json_file(path: Path) -> Rows:
@@ -218,12 +205,42 @@ def _parquet_file(path: Path) -> Rows:
     try:
         names = pq.read_schema(path).names
         check_columns(names, str(path))
-        wanted = [name for name in _known_columns() if name in names]
-        values = pq.ParquetFile(path).read(columns=wanted).to_pylist()
+        table = pq.ParquetFile(path).read(columns=[name for name in names if is_read(name)])
+        values = table.to_pylist()
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StoreError(f"{path} is no parquet file that can be read ({reason}): write it again") from error
-    return Rows(str(path), "row", [Row(number, row) for number, row in enumerate(values, start=1)])
+    return Rows(str(path), "row", _numbered(values))
+
+
+def rows_of_table(source: Any, name: str) -> Rows | None:
+    """Reads a table of any package that hands out Arrow data, such as polars, pyarrow and duckdb.
+
+    Args:
+        source: anything.
+        name: of the source, for messages.
+
+    Returns:
+        Its rows; None if it is no such table.
+
+    Raises:
+        StoreError: its columns are not those of facts, or it has to be computed first.
+    """
+    if hasattr(source, "collect") and hasattr(source, "lazy"):
+        raise StoreError(f"found a {name}, which is not computed yet: give {name}.collect()")
+    if not hasattr(source, "__arrow_c_stream__") and not hasattr(source, "__arrow_c_array__"):
+        return None
+    try:
+        table = pa.table(source)
+    except (TypeError, ValueError, pa.ArrowException):
+        return None  # a single column
+    check_columns(table.column_names, name)
+    read = [column for column in table.column_names if is_read(column)]
+    return Rows(name, "row", _numbered(table.select(read).to_pylist()))
+
+
+def _numbered(values: Iterable[Any]) -> list[Row]:
+    return [Row(number, row) for number, row in enumerate(values, start=1)]
 
 
 def _bytes(path: Path) -> bytes:

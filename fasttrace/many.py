@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fasttrace.cost import Cost
-from fasttrace.datasets import Fact, read_facts
+from fasttrace.datasets import Fact, check_answers, read_facts
 from fasttrace.engines import LAYOUTS, READY
 from fasttrace.engines.job import Job
 from fasttrace.engines.memory import Budget, tokens_allowed
 from fasttrace.engines.passes import run_together
 from fasttrace.engines.select import prompts_share_passes
-from fasttrace.errors import NumericsError, PromptError
+from fasttrace.errors import NumericsError, PlanError, PromptError
 from fasttrace.hooks import evaluating
 from fasttrace.ops import fused
 from fasttrace.prompts import Prompt, token_text
@@ -31,6 +31,9 @@ from fasttrace.sweeps import Sweep
 
 if TYPE_CHECKING:
     from fasttrace.api import Tracer
+
+CORRECT = {None: "correct", "rome": "correct by ROME's rule (it is the whole answer)"}
+"""What it takes for a fact to be known, by the name of the rule."""
 
 MOST_PROMPTS = 64
 """In one pack; more would only make packs harder to deal out."""
@@ -73,9 +76,11 @@ class Study:
         encode: a fact's prompt, subject and target as tokens; raises PromptError.
         fuse: compute with fused operations.
         budget: tokens of a pack.
-        require_correct: skip facts whose clean top token is not the start of the expected answer; of the others that
-            token is scored, as by the code published with Meng et al. (2022).
+        require_correct: skip facts that the model does not know; of the others the clean top token is scored.
         strict: raise at the first fact that cannot be traced.
+        compat: how to tell whether a fact is known. None: the clean top token is the first token of the answer, as the
+            answer is tokenized behind the prompt. "rome", as in the code published with Meng et al. (2022): that token
+            and the whole answer are the same text, space around them aside.
     """
 
     sweep: Sweep
@@ -84,6 +89,14 @@ class Study:
     budget: Budget
     require_correct: bool = False
     strict: bool = False
+    compat: str | None = None
+
+    @property
+    def target_rule(self) -> str:
+        """What is scored, in words: a part of what makes two runs the same run."""
+        if self.require_correct:
+            return f"clean top token, if {CORRECT[self.compat]}"
+        return "first token of the answer" + (f"; known if {CORRECT[self.compat]}" if self.compat else "")
 
     def encoded(self, facts: Iterable[Fact]) -> tuple[list[Encoded], list[Record]]:
         """Facts as tokens, and those that cannot be.
@@ -108,19 +121,32 @@ class Study:
         """
         asked, skipped = [], []
         for each, top in zip(facts, clean_tops(self.sweep, [each.prompt for each in facts]), strict=True):
-            if self._is_correct(each.fact, top) is False:
-                answer = token_text(self.sweep.tokenizer, top)
-                reason = f"the model goes on with {answer!r}, not with {each.fact.target!r}"
-                skipped.append(Record(each.fact, reason=reason, correct=False))
-            else:
+            correct = self._is_correct(each, top)
+            if correct:
                 asked.append(with_target(each, top))
+            else:
+                skipped.append(Record(each.fact, reason=self._unknown(each, top), correct=correct))
         return asked, skipped
 
-    def _is_correct(self, fact: Fact, top: int) -> bool | None:
-        if fact.target is None:
+    def _is_correct(self, each: Encoded, top: int) -> bool | None:
+        """Whether the model knows a fact; None without an answer."""
+        if each.fact.target is None:
             return None
-        start = token_text(self.sweep.tokenizer, top).strip()
-        return bool(start) and fact.target.strip().startswith(start)
+        if self.compat == "rome":
+            return token_text(self.sweep.tokenizer, top).strip() == each.fact.target.strip()
+        return top == each.prompt.target_id
+
+    def _unknown(self, each: Encoded, top: int) -> str:
+        """Why a fact does not count as known."""
+        if each.fact.target is None:
+            return "it has no expected answer, so that nothing tells whether the model knows it"
+        said = token_text(self.sweep.tokenizer, top)
+        reason = f"the model goes on with {said!r}, not with {each.fact.target!r}"
+        if self.compat == "rome":
+            return f"{reason} (compat='rome')"
+        if each.prompt.target_id is None:
+            return reason
+        return f"{reason}, whose first token is {token_text(self.sweep.tokenizer, each.prompt.target_id)!r}"
 
     def packed(self, facts: Iterable[Encoded]) -> list[list[Encoded]]:
         """Which facts share a pass: neighbours of like shape, the longest first, within the budget."""
@@ -189,7 +215,7 @@ class Study:
             result = self.sweep.result(each.prompt, scores, cost)
         except NumericsError as error:
             return self._not_finite(each, error)
-        return Record(each.fact, result, correct=self._is_correct(each.fact, int(scores.clean.argmax())))
+        return Record(each.fact, result, correct=self._is_correct(each, int(scores.clean.argmax())))
 
     def _not_finite(self, each: Encoded, error: NumericsError) -> Record:
         if self.strict:
@@ -211,20 +237,37 @@ def study_of(
     budget: int | str = "auto",
     require_correct: bool = False,
     strict: bool = False,
+    compat: str | None = None,
 ) -> tuple[Study, list[Encoded], list[Record]]:
     """A study and its facts as tokens; see `Tracer.trace_many`."""
-    facts = read_facts(facts, strict=strict)
+    check_compat(compat)
+    found = read_facts(facts, strict=strict)
+    if require_correct:
+        check_answers(found)
     windows = tracer.windows(streams, window)
     allowed = tokens_allowed(tracer.anatomy, budget)
-    subjects = facts.subjects if noise_subjects is None else noise_subjects
+    subjects = found.subjects if noise_subjects is None else noise_subjects
     sweep = tracer.sweep(windows, noise, subjects, samples, seed, engine)
     encode = partial(_encode, tracer)
-    study = Study(sweep, encode, tracer.fuse, Budget(allowed), require_correct, strict)
-    return study, *study.encoded(facts)
+    study = Study(sweep, encode, tracer.fuse, Budget(allowed), require_correct, strict, compat)
+    study = replace(study, sweep=replace(sweep, about={**sweep.about, "target_rule": study.target_rule}))
+    return study, *study.encoded(found.facts)
+
+
+def check_compat(compat: Any) -> None:
+    """Refuses an unknown rule for what the model knows.
+
+    Raises:
+        PlanError: neither None nor "rome".
+    """
+    if not (compat is None or compat == "rome"):
+        raise PlanError(f'compat is {compat!r}: give "rome", or None')
 
 
 def _encode(tracer: "Tracer", fact: Fact) -> Prompt:
-    return tracer.encode(fact.prompt, fact.subject, fact.target, first_target_token=True, tell=False)
+    where = {} if fact.subject_start is None else {"subject_start": fact.subject_start}
+    prompt = tracer.encode(fact.prompt, fact.subject, fact.target, first_target_token=True, tell=False, **where)
+    return replace(prompt, notes=(*fact.notes, *prompt.notes)) if fact.notes else prompt
 
 
 def trace_all(study: Study, facts: Sequence[Encoded], known: Sequence[Record]) -> Iterator[Record]:

@@ -5,7 +5,7 @@ A row is a fact. The columns:
     id, prompt, subject, target, foil, relation   the fact as it was given (string)
     status           "traced" or "skipped"
     reason           why it was skipped
-    correct          whether the clean run's top token starts the expected answer (bool)
+    correct          whether the clean run's top token is the first of the expected answer (bool)
     tokens           the prompt's tokens as text (list of string)
     token_ids        their ids (list of int64)
     span_start       first token of the subject (int64)
@@ -104,7 +104,8 @@ class Record:
         fact: as it was given.
         result: its trace; None if it was skipped.
         reason: why it was skipped; None if it was traced.
-        correct: whether the clean run's top token is the start of the expected answer; None if there is none.
+        correct: whether the clean run's top token is the first of the expected answer, or by ROME's rule the answer;
+            None if there is none.
     """
 
     fact: Fact

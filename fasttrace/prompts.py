@@ -5,15 +5,17 @@ that show the tokens; what is taken otherwise than typed is logged and kept in t
 """
 
 import logging
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fasttrace.errors import PromptError
+from fasttrace.subjects import Place, places_of, what_is_there
 from fasttrace.targets import target_token
-from fasttrace.tokenization import Encoding, Offsets, encode_text, plain_ids, token_text
+from fasttrace.tokenization import Encoding, Offsets, decoded, encode_text, plain_ids, token_text
 
-__all__ = ["Prompt", "encode", "plain_ids", "token_text"]
+__all__ = ["Prompt", "encode", "plain_ids", "subjects_of", "token_text"]
 
 logger = logging.getLogger("fasttrace")
 
@@ -49,6 +51,7 @@ def encode(
     *,
     vocabulary: int,
     max_positions: int | None = None,
+    subject_start: int | None = None,
     first_target_token: bool = False,
     tell: bool = True,
 ) -> Prompt:
@@ -57,11 +60,12 @@ def encode(
     Args:
         tokenizer: a Hugging Face tokenizer; None if everything is given as token ids.
         prompt: text, or token ids. A chat template is not applied.
-        subject: text that occurs once in the prompt, or a half-open token span.
+        subject: text that occurs once in the prompt as a whole word, or else once, or a half-open token span.
         target: text that is one token behind the prompt, a token id, or None for the clean top token. A space is put
-            before it where two words would meet; see `target_token`.
+            before it where running text has one; see `target_token`.
         vocabulary: number of token ids the model knows.
         max_positions: longest prompt the model takes.
+        subject_start: the character of the prompt at which the subject's text begins; None: it is searched for.
         first_target_token: of a target of several tokens, take the first.
         tell: log the notes as a warning.
 
@@ -71,11 +75,12 @@ def encode(
     text = prompt if isinstance(prompt, str) else None
     encoding = _given_ids(prompt) if text is None else _encoded(tokenizer, text)
     ids = encoding.ids
-    _check_ids(ids, vocabulary, max_positions)
+    _check_ids("the prompt", tokenizer, ids, vocabulary)
+    _check_length(ids, max_positions)
     tokens = tuple(token_text(tokenizer, token_id) for token_id in ids)
-    span, subject_notes = _span_of(subject, text, encoding.offsets, tokens)
+    span, subject_notes = _span_of(subject, subject_start, text, encoding.offsets, tokens)
     target_id, target_notes = _target_of(tokenizer, target, text, ids, first_target_token)
-    _check_target(target_id, vocabulary)
+    _check_target(tokenizer, target, target_id, vocabulary)
     notes = (*encoding.notes, *subject_notes, *target_notes)
     if notes and tell:
         logger.warning("%s", "; ".join(notes))
@@ -90,10 +95,59 @@ def encode(
     )
 
 
+def subjects_of(tokenizer: Any, subjects: Any, vocabulary: int) -> list[list[int]]:
+    """Subjects to measure noise on, as token ids.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer; None if they are given as token ids.
+        subjects: texts or lists of token ids; one text, or one list of ids, is one subject.
+        vocabulary: number of token ids the model knows.
+
+    Raises:
+        PromptError: there are none, or one is neither text nor token ids, has no tokens, or such as the model does not
+            know.
+    """
+    given = [subjects] if isinstance(subjects, str) else _listed(subjects)
+    if given and all(_whole(value) is not None for value in given):
+        given = [given]
+    if not given:
+        raise PromptError("there are no subjects to measure the noise on: give texts or lists of token ids")
+    found = [plain_ids(tokenizer, item) if isinstance(item, str) else _ids_of(item) for item in given]
+    for item, ids in zip(given, found, strict=True):
+        if not ids:
+            raise PromptError(f"a subject to measure the noise on is {item!r}, which has no tokens; leave it out")
+        _check_ids(f"subject {item!r}", tokenizer, ids, vocabulary)
+    return found
+
+
+def _listed(values: Any) -> list[Any]:
+    """The items of a list, an array or a tensor."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(values, Iterable) or isinstance(values, bytes):
+        raise PromptError(f"expected texts or lists of whole token ids, found {values!r}")
+    return list(values)
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number of any package as Python's; None if it is something else, such as a bool."""
+    if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _ids_of(values: Any) -> list[int]:
+    found = [_whole(value) for value in _listed(values)]
+    ids = [value for value in found if value is not None]
+    if len(ids) < len(found):
+        raise PromptError(f"a prompt is text or a list of whole token ids; found {values!r}")
+    return ids
+
+
 def _given_ids(prompt: Sequence[Any]) -> Encoding:
-    ids = list(prompt)
-    if not all(isinstance(token_id, int) for token_id in ids):
-        raise PromptError(f"a prompt is text or a list of whole token ids; found {ids!r}")
+    ids = _ids_of(prompt)
     if not ids:
         raise PromptError("the prompt is empty; give at least one token")
     return Encoding(ids, offsets=None, notes=[])
@@ -105,24 +159,37 @@ def _encoded(tokenizer: Any, text: str) -> Encoding:
     return encode_text(tokenizer, text)
 
 
-def _check_ids(ids: Sequence[int], vocabulary: int, max_positions: int | None) -> None:
+def _check_ids(name: str, tokenizer: Any, ids: Sequence[int], vocabulary: int) -> None:
     unknown = [token_id for token_id in ids if not 0 <= token_id < vocabulary]
     if unknown:
-        raise PromptError(f"the prompt has token id {unknown[0]}, the model knows 0..{vocabulary - 1}")
+        raise PromptError(
+            f"{name} has token id {unknown[0]}, the model knows 0..{vocabulary - 1}{_too_many(tokenizer, vocabulary)}"
+        )
+
+
+def _too_many(tokenizer: Any, vocabulary: int) -> str:
+    """What to look at when a tokenizer has ids that its model has not."""
+    size = len(tokenizer) if hasattr(tokenizer, "__len__") else 0
+    return f"; the tokenizer has {size} tokens: is it this model's, with its embeddings resized?" * (size > vocabulary)
+
+
+def _check_length(ids: Sequence[int], max_positions: int | None) -> None:
     if max_positions is not None and len(ids) > max_positions:
         raise PromptError(f"the prompt has {len(ids)} tokens, the model has positions for {max_positions}; shorten it")
 
 
 def _span_of(
-    subject: Any, text: str | None, offsets: Offsets | None, tokens: tuple[str, ...]
+    subject: Any, start: int | None, text: str | None, offsets: Offsets | None, tokens: tuple[str, ...]
 ) -> tuple[tuple[int, int], list[str]]:
     """The subject's tokens, and what the user should be told about them."""
     if isinstance(subject, str):
-        return _found_span(subject, text, offsets, tokens)
+        return _found_span(subject.strip(), start, text, offsets, tokens)
     try:
-        begin, end = (int(value) for value in subject)
+        begin, end = map(_whole, subject)
     except (TypeError, ValueError):
-        raise PromptError(f"subject is {subject!r}; give its text, or a half-open token span such as (0, 4)") from None
+        begin = end = None
+    if begin is None or end is None:
+        raise PromptError(f"subject is {subject!r}; give its text, or a half-open token span such as (0, 4)")
     if not 0 <= begin < end <= len(tokens):
         raise PromptError(
             f"subject span {(begin, end)} covers no tokens of a prompt of {len(tokens)}; "
@@ -132,29 +199,41 @@ def _span_of(
 
 
 def _found_span(
-    subject: str, text: str | None, offsets: Offsets | None, tokens: tuple[str, ...]
+    wanted: str, start: int | None, text: str | None, offsets: Offsets | None, tokens: tuple[str, ...]
 ) -> tuple[tuple[int, int], list[str]]:
-    wanted = subject.strip()
     if text is None or offsets is None:
         raise PromptError(
-            f"subject {subject!r} is text, but the prompt's characters are not known (token ids, or a slow "
+            f"subject {wanted!r} is text, but the prompt's characters are not known (token ids, or a slow "
             f"tokenizer whose tokens do not spell the text); give a half-open token span: {_numbered(tokens)}"
         )
     if not wanted:
         raise PromptError(f"the subject is empty; give its text as in the prompt, or a token span: {_numbered(tokens)}")
-    starts = [i for i in range(len(text)) if text.startswith(wanted, i)]
-    if not starts:
-        raise PromptError(f"subject {wanted!r} does not occur in the prompt; its tokens are {_numbered(tokens)}")
-    spans = [_tokens_between(offsets, tokens, start, start + len(wanted)) for start in starts]
-    if len(spans) > 1:
+    place = _place_of(wanted, start, text, offsets, tokens)
+    span = _tokens_between(offsets, tokens, place.begin, place.end)
+    covered = _covered(text, offsets[slice(*span)], place.begin, place.end)
+    if covered != text[place.begin : place.end]:
+        shared = list(tokens[slice(*span)])
+        note = f"subject {wanted!r} shares its tokens {shared} with the text around it: {covered!r}"
+        return span, [*filter(None, [place.note]), note]
+    return span, [*filter(None, [place.note])]
+
+
+def _place_of(wanted: str, start: int | None, text: str, offsets: Offsets, tokens: tuple[str, ...]) -> Place:
+    if start is not None:
+        if start < 0 or not text.startswith(wanted, start):
+            raise PromptError(f"subject {wanted!r} does not stand at character {start} of {text!r}; correct one")
+        return Place(start, start + len(wanted))
+    places = places_of(wanted, text)
+    if not places:
+        there = what_is_there(wanted, text)
+        raise PromptError(f"subject {wanted!r} does not occur in the prompt{there}; its tokens are {_numbered(tokens)}")
+    if len(places) > 1:
+        spans = [_tokens_between(offsets, tokens, place.begin, place.end) for place in places]
         raise PromptError(
             f"subject {wanted!r} occurs {len(spans)} times in the prompt, at token spans "
             f"{', '.join(map(str, spans))}; give one of them as subject: {_numbered(tokens)}"
         )
-    span = spans[0]
-    covered = _covered(text, offsets[slice(*span)], starts[0], starts[0] + len(wanted))
-    shared = f"subject {wanted!r} shares its tokens {list(tokens[slice(*span)])} with the text around it: {covered!r}"
-    return span, [shared] if covered != wanted else []
+    return places[0]
 
 
 def _tokens_between(offsets: Offsets, tokens: tuple[str, ...], begin: int, end: int) -> tuple[int, int]:
@@ -179,7 +258,7 @@ def _covered(text: str, offsets: Offsets, begin: int, end: int) -> str:
 def _subject_text(tokenizer: Any, subject: Any, ids: Sequence[int]) -> str | None:
     if isinstance(subject, str):
         return subject.strip()
-    return None if tokenizer is None else tokenizer.decode(ids).strip()
+    return None if tokenizer is None else decoded(tokenizer, ids).strip()
 
 
 def _target_of(
@@ -188,14 +267,15 @@ def _target_of(
     """The target's token, and what the user should be told about it."""
     if isinstance(target, str):
         return target_token(tokenizer, target, text, ids, first)
-    return target, []
+    return (target if target is None else _whole(target)), []
 
 
-def _check_target(target_id: Any, vocabulary: int) -> None:
-    if target_id is None:
+def _check_target(tokenizer: Any, target: Any, target_id: int | None, vocabulary: int) -> None:
+    if target is None:
         return
-    if isinstance(target_id, bool) or not isinstance(target_id, int) or not 0 <= target_id < vocabulary:
-        raise PromptError(f"target is {target_id!r}; give text, or a token id from 0 to {vocabulary - 1}")
+    if target_id is None or not 0 <= target_id < vocabulary:
+        found, advice = (target_id, _too_many(tokenizer, vocabulary)) if isinstance(target, str) else (target, "")
+        raise PromptError(f"target is {found!r}; give text, or a token id from 0 to {vocabulary - 1}{advice}")
 
 
 def _numbered(tokens: tuple[str, ...]) -> str:

@@ -244,7 +244,7 @@ def fingerprint_of(study: Study, name: str, revision: str | None, identity: Mapp
         "windows": dict(sweep.windows),
         "dtype": str(sweep.anatomy.dtype).removeprefix("torch."),
         "metric": "probability",
-        "target": "clean top token, if correct" if study.require_correct else "first token of the answer",
+        "target": study.target_rule,
         "versions": dict(versions()),
     }
 

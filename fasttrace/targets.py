@@ -9,16 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fasttrace.errors import PromptError
-from fasttrace.tokenization import plain_ids, token_text
-
-SPACE_FOLLOWS = ".,:;!?)]}%…"
-"""Punctuation that a space separates from the next word."""
-
-UNSPACED_SCRIPTS = {
-    *("CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "HALFWIDTH", "FULLWIDTH", "IDEOGRAPHIC", "BOPOMOFO"),
-    *("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"),
-}
-"""Scripts without spaces between words, by the first word of their characters' Unicode names."""
+from fasttrace.spacing import Space, space_between
+from fasttrace.tokenization import decoded, plain_ids, token_text
 
 BEFORE_TARGET = ("\n", "a", ".", "0")
 """Texts to tokenize a target behind when the prompt cannot serve; the first that stays a token of its own does."""
@@ -29,8 +21,9 @@ def target_token(
 ) -> tuple[int, list[str]]:
     """Finds the token that a target is.
 
-    A space is put before the target where two words would meet: the prompt ends with a letter, a digit or one of
-    SPACE_FOLLOWS, the target begins with a letter or digit, and neither is of a script without spaces.
+    A space is put before the target where running text has one, see `space_between`; a target that begins with
+    whitespace is taken as typed. The token is then the first that follows the prompt's own when both are tokenized
+    together.
 
     Args:
         tokenizer: of the model.
@@ -47,37 +40,33 @@ def target_token(
     """
     if not target:
         raise PromptError("the target is empty; give the text of one token, or None for the clean run's top token")
-    _check_known(tokenizer, target)
-    continued = _with_space(_end_of_prompt(tokenizer, text, prompt_ids), target)
+    alone = plain_ids(tokenizer, target)
+    _check_known(tokenizer, target, alone)
+    before = _end_of_prompt(tokenizer, text, prompt_ids)
+    space = Space(put=False) if _is_special(tokenizer, alone[:1]) else space_between(before, target)
+    continued = f" {target}" if space.put else target
     ids, together = _ids_after(tokenizer, text, continued)
-    as_typed = ids if continued == target else _ids_after(tokenizer, text, target)[0]
-    _check_count(tokenizer, continued, ids, as_typed, first)
+    other = target if space.put else f" {target}"
+    others = _ids_after(tokenizer, text, other)[0] if space.put or not space.sure else []
+    _check_count(tokenizer, continued, ids, others if space.put else ids, first)
     notes = (
-        _space_note(tokenizer, target, ids, as_typed),
+        _space_note(tokenizer, target, ids, others, space.put, first),
         "" if together else _apart_note(tokenizer, text, continued, ids),
         _blank_note(tokenizer, continued, ids),
+        _typed_note(before, target),
     )
     return ids[0], [note for note in notes if note]
 
 
 def _end_of_prompt(tokenizer: Any, text: str | None, prompt_ids: Sequence[int]) -> str:
     """The text that a target follows; none after a special token, such as a chat template's."""
-    last = prompt_ids[-1:]
-    special = tokenizer.decode(last) and not tokenizer.decode(last, skip_special_tokens=True)
-    if special:
+    if _is_special(tokenizer, prompt_ids[-1:]):
         return ""
-    return token_text(tokenizer, last[0]) if text is None else text
+    return decoded(tokenizer, prompt_ids) if text is None else text
 
 
-def _with_space(before: str, target: str) -> str:
-    words_meet = _is_spaced_word(target[0]) and before and (before[-1] in SPACE_FOLLOWS or _is_spaced_word(before[-1]))
-    return f" {target}" if words_meet else target
-
-
-def _is_spaced_word(character: str) -> bool:
-    """Whether a character belongs to a word of a script that puts spaces between words."""
-    script = unicodedata.name(character, "").split(" ")[0]
-    return unicodedata.category(character)[0] in "LMN" and script not in UNSPACED_SCRIPTS
+def _is_special(tokenizer: Any, ids: Sequence[int]) -> bool:
+    return bool(decoded(tokenizer, ids)) and not decoded(tokenizer, ids, skip_special_tokens=True)
 
 
 def _ids_after(tokenizer: Any, text: str | None, continued: str) -> tuple[list[int], bool]:
@@ -95,9 +84,9 @@ def _ids_behind(tokenizer: Any, before: str, continued: str) -> list[int]:
     return both[len(head) :] if head and head == both[: len(head)] else []
 
 
-def _check_known(tokenizer: Any, target: str) -> None:
-    ids = plain_ids(tokenizer, target)
-    if tokenizer.unk_token_id in ids and target.strip() != tokenizer.unk_token:
+def _check_known(tokenizer: Any, target: str, ids: Sequence[int]) -> None:
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is not None and unknown in ids and target.strip() != tokenizer.unk_token:
         pieces = _pieces(tokenizer, ids)
         raise PromptError(f"target {target!r} has characters unknown to the tokenizer, {pieces}; give another target")
 
@@ -115,13 +104,16 @@ def _check_count(tokenizer: Any, continued: str, ids: list[int], as_typed: list[
     )
 
 
-def _space_note(tokenizer: Any, target: str, ids: list[int], as_typed: list[int]) -> str:
-    if ids == as_typed:
+def _space_note(tokenizer: Any, target: str, ids: list[int], others: list[int], put: bool, first: bool) -> str:
+    """Which of two readings of a target is scored, with a space before it and without, and how to get the other."""
+    if not others or ids[0] == others[0]:
         return ""
-    scored = f"target {target!r} follows the prompt after a space: scoring {_named(tokenizer, ids[0])}"
-    if len(as_typed) == 1:
-        return f"{scored}; for {_named(tokenizer, as_typed[0])} give that id as the target"
-    return scored
+    scored, other = _named(tokenizer, ids[0]), _named(tokenizer, others[0])
+    if not put:
+        way = "write the target with a space before it, or give that id"
+        return f"target {target!r} follows the prompt without a space: scoring {scored}; for {other} {way}"
+    scored = f"target {target!r} follows the prompt after a space: scoring {scored}"
+    return f"{scored}; for {other} give that id as the target" if first or len(others) == 1 else scored
 
 
 def _apart_note(tokenizer: Any, text: str | None, continued: str, ids: list[int]) -> str:
@@ -140,6 +132,15 @@ def _blank_note(tokenizer: Any, continued: str, ids: list[int]) -> str:
     pieces = _pieces(tokenizer, ids)
     blank = not pieces[0].strip() and continued.strip()
     return f"the first token of target {continued!r}, {pieces}, is only whitespace" if blank else ""
+
+
+def _typed_note(before: str, target: str) -> str:
+    """What hardly anyone types on purpose."""
+    if unicodedata.category(target[0]) == "Cf":
+        return f"target {target!r} begins with the invisible character U+{ord(target[0]):04X}, which is tokenized too"
+    if before[-1:] == " " == target[0]:
+        return "the prompt ends in a space and the target begins with one: the model sees both"
+    return ""
 
 
 def _pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:

@@ -57,9 +57,17 @@ def known_and_unknown(tracer: Tracer) -> list[Fact]:
     """Facts of which the model knows some, by its own answers; the target of the others is "~never~"."""
     facts = []
     for fact in facts_of(60):
-        top = tracer.trace(fact.prompt, subject=fact.subject, samples=1, streams=("mlp_output",)).top["clean"][0][1]
-        is_text = top.strip() and "\ufffd" not in top
-        facts.append(replace(fact, target=top.strip() + "ish" if is_text else "~never~"))
+        top, text, _ = tracer.trace(fact.prompt, subject=fact.subject, samples=1, streams=("mlp_output",)).top["clean"][
+            0
+        ]
+        is_text = text.strip() and "\ufffd" not in text
+        if (
+            is_text
+            and tracer.encode(fact.prompt, fact.subject, text, first_target_token=True, tell=False).target_id == top
+        ):
+            facts.append(replace(fact, target=text))
+        else:
+            facts.append(replace(fact, target="~never~"))
     known = [fact for fact in facts if fact.target != "~never~"]
     assert len(known) > 5
     return known + [fact for fact in facts if fact.target == "~never~"][:12]

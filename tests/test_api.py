@@ -10,7 +10,7 @@ from transformers import T5Config
 import fasttrace
 from fasttrace import EngineError, ModelError, PlanError, PromptError
 from tests.conftest import tiny_model
-from tests.tokenizers import byte_level
+from tests.tokenizers import Slow, byte_level
 
 PROMPT = "The Space Needle is in downtown"
 
@@ -231,3 +231,24 @@ def test_an_encoder_decoder_folder_is_refused_before_its_weights_are_read(tmp_pa
     T5Config(num_layers=1, d_model=8).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="encoder-decoder"):
         fasttrace.Tracer.from_pretrained(str(tmp_path))
+
+
+def test_a_padded_vocabulary_ends_no_trace():
+    tokenizer = Slow()
+    model = tiny_model("llama", vocab_size=len(tokenizer) + 50)
+    result = fasttrace.Tracer(model, tokenizer).trace([4, 12, 13], subject=(0, 2), target=len(tokenizer) + 3, samples=1)
+    assert result.target == f"<{len(tokenizer) + 3}>"
+    assert {text for token, text, _ in result.top["clean"] if token >= len(tokenizer)}
+
+
+def test_what_is_no_tokenizer_is_refused_in_the_constructor():
+    with pytest.raises(ModelError, match=r"wrap it, transformers.PreTrainedTokenizerFast"):
+        fasttrace.Tracer(tiny_model("gpt2"), byte_level().backend_tokenizer)
+
+
+def test_one_text_is_one_subject_to_measure_the_noise_on():
+    tracer = tracer_with_text()
+    one, listed, letters = (
+        trace(tracer, noise_subjects=s).metadata["sigma"] for s in (" Space", [" Space"], list(" Space"))
+    )
+    assert one == listed != letters

@@ -136,6 +136,23 @@ def test_every_option_reaches_the_run(home, tmp_path, monkeypatch):
     }
 
 
+def test_the_rule_for_what_is_known_and_missing_answers_are_checked_before_a_model_is_loaded(
+    home, tmp_path, monkeypatch
+):
+    (home / "unanswered.json").write_text(
+        json.dumps([{"prompt": "The Needle is", "subject": "The Needle", "word": "in"}])
+    )
+    done = run(home, tmp_path / "run", "--require-correct", "--compat", "rome", "--limit", 2)
+    assert done.exit_code == 0, done.output
+    fingerprint = Store.read(tmp_path / "run").fingerprint
+    assert fingerprint["target"] == "clean top token, if correct by ROME's rule (it is the whole answer)"
+    monkeypatch.setattr("fasttrace.cli_runs.load_model", None)
+    done = run(home, tmp_path / "other", "--compat", "Rome")
+    assert last_line(done) == "error: compat is 'Rome': give \"rome\", or None"
+    done = run(home, tmp_path / "other", "--require-correct", facts="unanswered.json")
+    assert "its columns are prompt, subject, word; rename the one that holds the answers to target" in last_line(done)
+
+
 def test_an_interrupted_run_ends_with_130_and_goes_on(home, tmp_path, monkeypatch):
     right = Store.write
 

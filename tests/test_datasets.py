@@ -1,17 +1,22 @@
+# ruff: noqa: RUF001 (lookalikes are what some tests are about)
+
 import csv
 import json
 import logging
 import re
+import unicodedata
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import polars
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fasttrace.datasets import BadRow, Fact, FactSet, read_facts
+from fasttrace.datasets import BadRow, Fact, FactSet, check_answers, read_facts
 from fasttrace.errors import PromptError, StoreError
 
 FACTS = (
@@ -217,6 +222,211 @@ def test_texts_are_kept_as_they_are_written(tmp_path):
     assert type(read_facts([{**GOOD, "target": np.str_("Rome")}]).facts[0].target) is str
 
 
+# Columns of other names.
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        *(
+            "answer",
+            "Answers",
+            "ground_truth",
+            "Ground Truth",
+            "groundTruth",
+            "object",
+            "obj",
+            "obj-label",
+            "label",
+            "o",
+        ),
+        *("Target", "TARGET", "target_str", "completion", "gold", "Target True", "Attribute"),
+    ],
+)
+def test_answers_are_found_under_the_names_that_people_give_them(column, tmp_path):
+    row = {"Prompt": "Big Ben is in", " SUBJECT": "Big Ben", column: "London"}
+    pd.DataFrame([row]).to_parquet(tmp_path / "facts.parquet")
+    for source in ([row], pd.DataFrame([row]), write_csv(tmp_path / "facts.csv", [row]), tmp_path / "facts.parquet"):
+        assert read_facts(source, strict=True).facts == (Fact("0", "Big Ben is in", "Big Ben", "London"),)
+
+
+@pytest.mark.parametrize("column", ["my answer", "response", "output", "expected_city", "answer_text", "target_city"])
+def test_a_column_that_seems_to_hold_the_answers_is_refused_by_name(column, tmp_path):
+    row = {"prompt": "Big Ben is in", "subject": "Big Ben", column: "London"}
+    pd.DataFrame([row]).to_parquet(tmp_path / "facts.parquet")
+    for source in ([row], write_csv(tmp_path / "facts.csv", [row]), tmp_path / "facts.parquet"):
+        with pytest.raises(PromptError, match=f"its answer seems to be in {column}, .*call the one .* target"):
+            read_facts(source)
+    assert read_facts([{**row, "target": "Rome"}]).facts[0].target == "Rome"
+
+
+@pytest.mark.parametrize("column", ["paraphrase_prompts", "sub_label", "is_correct", "obj_uri", "prediction", "note"])
+def test_other_columns_are_ignored(column):
+    assert read_facts([{"prompt": "Big Ben is in", "subject": "Big Ben", column: "x"}]).facts[0].target is None
+
+
+def test_a_name_that_can_mean_other_things_is_told_once(caplog):
+    rows = [{"prompt": "Big Ben is in", "subject": "Big Ben", "label": "London"}] * 3
+    with caplog.at_level(logging.WARNING, "fasttrace"):
+        read_facts(rows)
+    assert caplog.messages == ["list: column label is taken for the answers; if it is something else, rename it"]
+
+
+def test_of_two_columns_of_answers_the_first_of_the_documented_order_counts_and_that_is_told(caplog):
+    with caplog.at_level(logging.WARNING, "fasttrace"):
+        assert read_facts([{**GOOD, "answer": "Rome"}]).facts[0].target == "Seattle"
+        assert read_facts([{**GOOD, "answer": "Seattle", "obj": None}]).facts[0].target == "Seattle"
+    assert caplog.messages == ["list: the answers are those of column target, column answer has others"]
+
+
+def test_two_spellings_of_one_column_that_differ_are_refused(tmp_path):
+    assert "Target and target are one column by name and differ" in bad_row({"Target": "Rome", **GOOD})
+    assert (
+        read_facts([{"Target": "Seattle", **GOOD}, {"Target": None, **GOOD}], strict=True).facts[1].target == "Seattle"
+    )
+    path = write_csv(tmp_path / "facts.csv", [{"Target": "Rome", **GOOD}])
+    with pytest.raises(StoreError, match="has 2 columns for one thing, Target and target: keep one of them"):
+        read_facts(path)
+
+
+def test_of_a_list_of_answers_the_first_is_taken_and_that_is_told(caplog):
+    row = {"prompt": "Big Ben is in", "subject": "Big Ben"}
+    with caplog.at_level(logging.WARNING, "fasttrace"):
+        for answers in (["London"], ("London",), np.array(["London"], dtype=object), [None, "London"]):
+            assert read_facts([{**row, "ground_truth": answers}]).facts[0].target == "London"
+        assert caplog.messages == []
+        fact = read_facts([{**row, "ground_truth": ["London", "Westminster"]}]).facts[0]
+    assert fact.target == "London"
+    assert fact.notes == ("ground_truth has 2 answers, of which the first is taken: 'London'",)
+    assert caplog.messages == [f"list: taken otherwise than written, 1 times: row 1: {fact.notes[0]}"]
+    assert read_facts([{**row, "answers": []}]).facts[0].target is None
+
+
+def test_a_set_without_answers_is_refused_where_they_are_asked_for():
+    check_answers(read_facts([GOOD]))
+    nowhere = read_facts([{"prompt": "Big Ben is in", "subject": "Big Ben", "zielwort": "London"}])
+    with pytest.raises(PromptError, match=r"its columns are prompt, subject, zielwort; rename the one .* to target"):
+        check_answers(nowhere)
+
+
+# Where the subject stands.
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject"),
+    [
+        ("An art is in the category of artifacts and an", "art"),
+        ("A cat is in the category of a", "cat"),
+        ("artless art is", "art"),
+        ("U.S. and U.S.A. are", "U.S."),
+        ("C++11 or C++ is", "C++"),
+        ("a_b a", "a"),
+        ("x1 and x", "x"),
+        ("Été étéx is", "Été"),
+        ("ο Ζευς του Ζευσί", "Ζευς"),
+    ],
+)
+def test_letters_inside_other_words_do_not_make_a_subject_ambiguous(prompt, subject):
+    assert read_facts([{"prompt": prompt, "subject": subject}], strict=True).facts[0].notes == ()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject"),
+    [
+        ("Oslo and Oslo", "Oslo"),
+        ("東京都と東京", "東京"),
+        ("서울은 한국, 서울", "서울"),
+        ("a.b a.b", "a.b"),
+        ("C and C++", "C"),
+    ],
+)
+def test_a_subject_that_stands_at_two_places_is_refused_and_told_how_to_say_which(prompt, subject):
+    assert "occurs 2 times" in bad_row({"prompt": prompt, "subject": subject})
+    assert "write {} in the prompt where it is meant" in bad_row({"prompt": prompt, "subject": subject})
+
+
+def test_a_templates_place_is_the_subjects():
+    rewrite = {"prompt": "{}, twin town of Oslo Gate, lies in", "subject": "Oslo", "target_true": {"str": "Norway"}}
+    prompt = "Oslo, twin town of Oslo Gate, lies in"
+    rows = [
+        {"requested_rewrite": rewrite},
+        {"template": rewrite["prompt"], "subject": "Oslo"},
+        {"template": rewrite["prompt"], "prompt": prompt, "subject": "Oslo"},
+        {"prompt": prompt, "subject": "Oslo", "subject_start": 0},
+        {"prompt": rewrite["prompt"], "subject": "Oslo"},
+    ]
+    facts = read_facts(rows, strict=True).facts
+    assert [(fact.prompt, fact.subject_start) for fact in facts] == [(prompt, 0)] * 5
+    assert [len(fact.notes) for fact in facts] == [0, 0, 0, 0, 1]
+    assert read_facts(facts, strict=True).facts[0].subject_start == 0
+    second = {"requested_rewrite": {**rewrite, "prompt": "Oslo Gate, twin town of {}", "subject": " Oslo"}}
+    (fact,) = read_facts([second])
+    assert (fact.prompt[fact.subject_start :], fact.subject) == ("Oslo", " Oslo")
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
+@pytest.mark.parametrize("text", ["Zoë Brün", "Ångström", "서울", "ﬁnland", "Ｏｓｌｏ", "Việt Nam", "New\u00a0York"])
+def test_a_subject_in_another_unicode_form_is_found_and_that_is_noted(form, text):
+    prompt, subject = f"{text} was born in", unicodedata.normalize(form, text)
+    (fact,) = read_facts([{"prompt": prompt, "subject": subject}], strict=True)
+    assert fact.subject == text
+    assert len(fact.notes) == (subject != text)
+    assert all("in another Unicode form (there " in note for note in fact.notes)
+
+
+def test_a_letter_is_not_cut_from_its_mark():
+    decomposed = unicodedata.normalize("NFD", "Zoë and Zoe are")
+    assert read_facts([{"prompt": decomposed, "subject": "Zoe"}], strict=True).facts[0].subject == "Zoe"
+    assert "has a mark in the prompt" in read_facts([{"prompt": decomposed[:5], "subject": "Zoe"}]).facts[0].notes[0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "shown"),
+    [
+        ("oslo is", "Oslo", "but 'oslo' does (there 'o' U+006F, here 'O' U+004F)"),
+        ("The Rock ’n’ Roll is", "Rock 'n' Roll", "but 'Rock ’n’ Roll' does (there '’' U+2019, here \"'\" U+0027)"),
+        ("Jean–Luc is", "Jean-Luc", "but 'Jean–Luc' does (there '–' U+2013"),
+        ("New  York is", "New York", "but 'New  York' does"),
+        ("soft\u00adware is", "software", "but 'soft\\xadware' does"),
+    ],
+)
+def test_what_looks_like_the_subject_is_shown_with_the_difference(prompt, subject, shown):
+    assert shown in bad_row({"prompt": prompt, "subject": subject})
+
+
+# Tables.
+
+
+def test_tables_of_other_packages_are_read_as_pandas_tables_are(tmp_path):
+    frame = pd.DataFrame([{**row, "ground_truth": "x"} for row in as_rows(FACTS)]).drop(columns=["notes"])
+    table = pa.Table.from_pandas(frame)
+    expected = read_facts(frame, strict=True).facts
+    texts = frame[["prompt", "subject"]]
+    records = texts.to_records(index=False)
+    for source in (table, table.to_batches()[0], table.to_reader(), polars.from_arrow(table)):
+        found = read_facts(source, strict=True)
+        assert (found.facts, found.name) == (expected, type(source).__name__)
+    for source in (
+        texts.to_dict("list"),
+        records,
+        np.array(records.tolist(), dtype=[("prompt", "U99"), ("subject", "U99")]),
+    ):
+        assert [fact.prompt for fact in read_facts(source, strict=True)] == [fact.prompt for fact in FACTS]
+
+
+def test_tables_are_held_to_the_columns_of_facts():
+    for source in (pa.table({"a": ["x"]}), polars.DataFrame({"a": ["x"]}), np.array([(1,)], dtype=[("a", int)])):
+        with pytest.raises(StoreError, match="has no column prompt and no column subject, its columns are a"):
+            read_facts(source)
+    with pytest.raises(StoreError, match=r"a LazyFrame, which is not computed yet: give LazyFrame.collect\(\)"):
+        read_facts(polars.DataFrame([GOOD]).lazy())
+    with pytest.raises(StoreError, match=r"differ in length \(prompt 1, subject 2\)"):
+        read_facts({"prompt": ["a"], "subject": ["a", "b"]})
+    with pytest.raises(StoreError, match="found one dict with prompt, subject, target: give a list"):
+        read_facts(GOOD)
+    assert len(read_facts(polars.DataFrame([GOOD]).to_struct(), strict=True)) == 1
+
+
 # Malformed rows.
 
 
@@ -234,12 +444,16 @@ def test_texts_are_kept_as_they_are_written(tmp_path):
         ({"prompt": "a a", "subject": "a "}, "subject 'a' occurs 2 times in prompt 'a a': expected once"),
         ({"prompt": "aaa is", "subject": "aa"}, "subject 'aa' occurs 2 times"),
         ({"target": ""}, "target is empty"),
-        ({"target": 1889}, "target is 1889: expected text"),
+        ({"target": 1889}, "target is 1889: expected text; write a number in quotes"),
+        ({"target": 1999.0}, "target is 1999.0: expected text; write a number in quotes"),
         ({"target": True}, "target is True: expected text"),
         ({"target": ["Rome"] * 50}, r"target is \['Rome', .*\.\.\.: expected text"),
         ({"foil": ""}, "foil is empty"),
         ({"foil": 2}, "foil is 2"),
         ({"relation": 103}, "relation is 103"),
+        ({"target": "['Rome', 'Roma']"}, "target is .* a list written as text: write one answer there"),
+        ({"subject_start": 3}, "subject 'Space Needle' does not stand at character 3 of 'The Space Needle is in'"),
+        ({"subject_start": "x"}, "subject_start is 'x': expected the number of a character of the prompt"),
         ({"id": ""}, "id is empty"),
         ({"id": 1.5}, "id is 1.5: expected text or a whole number"),
         ({"id": float("inf")}, "id is inf: expected text or a whole number"),
@@ -267,7 +481,6 @@ def test_a_fact_is_checked_like_any_row():
     [
         ({"prompt": "The mother tongue of"}, "has 0 places {} for the subject: expected 1"),
         ({"prompt": "{} and {}"}, "has 2 places {}"),
-        ({"prompt": "Victor Hugo, or {},"}, "occurs 2 times"),
         ({"subject": None}, "subject is missing"),
         ({"prompt": 3}, "prompt is 3"),
         ({"target_true": {"str": ""}}, "target_true is empty"),

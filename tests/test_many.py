@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
+from transformers import PhiConfig, PhiForCausalLM
 
 import fasttrace
-from fasttrace import NumericsError, PromptError, many
+from fasttrace import NumericsError, PlanError, PromptError, many
 from fasttrace.datasets import Fact
 from fasttrace.engines import select, wavefront
 from fasttrace.many import study_of, trace_all
@@ -124,22 +125,96 @@ def test_a_fact_that_cannot_be_traced_is_kept_with_the_reason(family):
         study_of(tracer, FACTS, strict=True, **OPTIONS)[0].encoded([bad])
 
 
-def test_only_facts_that_the_model_knows_are_traced_when_asked_to(family):
-    tracer = tracer_with_text(family)
-    tops = {record.fact.id: record.result.top["clean"][0] for record in tracer.trace_many(FACTS, **OPTIONS)}
-    known = [
-        Fact(fact.id, fact.prompt, fact.subject, tops[fact.id][1].strip() + "ish" if number % 2 else "~never~")
-        for number, fact in enumerate(FACTS)
-    ]
-    usable = [fact for fact in known if fact.target != "ish"]
-    for record in tracer.trace_many(usable, require_correct=True, **OPTIONS):
-        if record.fact.target == "~never~":
-            assert record.result is None
-            assert record.correct is False
-            assert "not with '~never~'" in record.reason
+WORDS = ["The Space Needle", " is", " fast", " faster", " a", " actor", "actor", " New", " York", " Seattle", "Seattle"]
+
+
+def says(answer):
+    """A model that goes on with a token, whatever the prompt."""
+    tokenizer = byte_level(words=WORDS)
+    model = PhiForCausalLM(
+        PhiConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+        )
+    ).eval()
+    (token,) = tokenizer(answer)["input_ids"]
+    with torch.no_grad():
+        model.lm_head.bias.zero_()
+        model.lm_head.bias[token] = 20.0
+    return fasttrace.Tracer(model, tokenizer), token
+
+
+def only(tracer, target, **options):
+    fact = {"prompt": "The Space Needle is", "subject": "The Space Needle", "target": target}
+    (record,) = tracer.trace_many([fact], samples=1, window=1, noise=1.0, **options)
+    return record
+
+
+@pytest.mark.parametrize(
+    ("answer", "said", "known", "to_rome"),
+    [
+        ("faster", " fast", False, False),
+        ("actor", " a", False, False),
+        ("actor", "actor", False, True),
+        ("actor", " actor", True, True),
+        (" actor", " actor", True, True),
+        ("New York", " New", True, False),
+        ("Seattle!", " Seattle", True, False),
+    ],
+)
+def test_known_is_what_goes_on_with_the_answers_own_first_token_or_by_romes_rule_with_the_whole(
+    answer, said, known, to_rome
+):
+    tracer, token = says(said)
+    for compat, expected in ((None, known), ("rome", to_rome)):
+        record = only(tracer, answer, require_correct=True, compat=compat)
+        assert record.correct is expected
+        assert (record.result is not None) is expected
+        assert only(tracer, answer, compat=compat).correct is expected
+        if expected:
+            assert record.result.target_id == token
+            assert "ROME's rule" in record.result.metadata["target_rule"] or compat is None
         else:
-            assert record.correct is True
-            assert record.result.target_id == tops[record.fact.id][0]
+            assert record.reason.startswith(f"the model goes on with {said!r}, not with {answer!r}")
+
+
+def test_the_rule_for_what_is_known_is_a_part_of_what_a_run_is():
+    tracer, _ = says(" fast")
+    facts = [{"prompt": "The Space Needle is", "subject": "The Space Needle", "target": "faster"}]
+    asked = [(correct, compat) for correct in (False, True) for compat in (None, "rome")]
+    rules = {study_of(tracer, facts, require_correct=c, compat=r, noise=1.0)[0].target_rule for c, r in asked}
+    assert len(rules) == 4
+    with pytest.raises(PlanError, match=r"compat is 'Rome': give \"rome\", or None"):
+        study_of(tracer, facts, compat="Rome")
+
+
+def test_a_fact_without_an_answer_is_not_known_and_a_set_without_answers_is_refused(family):
+    tracer = tracer_with_text(family)
+    records = by_id(tracer.trace_many(FACTS, require_correct=True, **OPTIONS))
+    assert (records["short"].result, records["short"].correct) == (None, None)
+    assert "no expected answer" in records["short"].reason
+    rows = [{"prompt": "The Forum is in", "subject": "The Forum", "zielwort": "Rome"}]
+    with pytest.raises(PromptError, match=r"none of the 1 in list has an answer: its columns are .*zielwort; rename"):
+        tracer.trace_many(rows, require_correct=True)
+
+
+def test_a_templates_place_and_the_notes_of_a_row_reach_the_result(family):
+    tracer = tracer_with_text(family)
+    rewrite = {"prompt": "The Forum of {} is", "subject": "The Forum", "target_true": {"str": "Rome"}}
+    noted = {"prompt": "The Zoe\u0308 is in", "subject": "Zo\u00eb", "answers": ["Rome", "Milan"]}
+    template, other = tracer.trace_many([{"requested_rewrite": rewrite}, noted], **OPTIONS)
+    if template.fact.subject != "The Forum":
+        template, other = other, template
+    begin, end = template.result.span
+    assert "".join(template.result.tokens[begin:end]).strip() == "The Forum"
+    assert begin > 3
+    notes = other.result.metadata["notes"]
+    assert "answers has 2 answers" in notes[0]
+    assert "in another Unicode form" in notes[1]
 
 
 def test_noise_is_measured_on_the_subjects_of_all_facts(family):

@@ -1,15 +1,21 @@
 """Subjects and targets are found where the model sees them, or refused with the tokens shown."""
 
-import logging
+# ruff: noqa: RUF001 (quotes and dashes of all kinds are what some tests are about)
 
+import logging
+import unicodedata
+
+import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from fasttrace.errors import PromptError
-from fasttrace.prompts import encode, plain_ids
-from tests.tokenizers import CHAT_TEMPLATE, WORDS, Slow, byte_level, sentencepiece_like
+from fasttrace.errors import ModelError, PromptError
+from fasttrace.prompts import encode, plain_ids, subjects_of, token_text
+from fasttrace.tokenization import check_tokenizer
+from tests.tokenizers import CHAT_TEMPLATE, WORDS, Slow, byte_level, sentencepiece_like, word_pieces
 
 TEXT = "The Space Needle is in downtown"
 SCHEMES = ("first", "always", "never", "normalizer")
@@ -230,11 +236,78 @@ def test_a_space_goes_between_words_of_scripts_with_spaces_and_nowhere_else(prom
     assert len(found.notes) == (target != seen)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "target"),
+    [
+        ("The ticket costs", "$5"),
+        ("The song was covered by", '"Mad Max" Vale'),
+        ("The freezer is set to", "-5"),
+        ("The finish is", "#1"),
+        ("The price is", "€5"),
+        ("The mood is", "😀"),
+        ("The text is", "(5"),
+        ("The author of “Winter Harbour”", "Ilona"),
+        ("The singer of »Oslo«", "Ilona"),
+        ("The singer of „Oslo“", "Ilona"),
+        ('The singer of "Oslo"', "Ilona"),
+        ("The أين تقع أوسلو؟", "في"),
+        ("The capital is", "東京"),
+    ],
+)
+@pytest.mark.parametrize("known", [True, False])
+def test_the_scored_token_is_that_of_the_running_text_whatever_begins_the_target(prompt, target, known):
+    start = f" {target.split()[0]}"
+    tokenizer = byte_level(words=["The", start, start.strip()] if known else ["The"])
+    expected = tokenizer(f"{prompt} {target}")["input_ids"][len(tokenizer(prompt)["input_ids"])]
+    found = coded(prompt, "The", target, tokenizer, first_target_token=True)
+    assert found.target_id == expected
+    assert "follows the prompt after a space" in found.notes[0]
+    as_ids = coded(tokenizer(prompt)["input_ids"], (0, 1), target, tokenizer, first_target_token=True)
+    assert as_ids.target_id == expected
+
+
+@pytest.mark.parametrize(("prompt", "target"), [("The well", "-"), ("The 5", "€"), ("The l’", "eau"), ("The 3.", "14")])
+def test_where_writers_differ_the_token_without_a_space_is_taken_and_the_note_says_how_to_get_the_other(prompt, target):
+    tokenizer = byte_level(words=["The", f" {target}", target])
+    found = coded(prompt, "The", target, tokenizer)
+    (other,) = plain_ids(tokenizer, f" {target}")
+    assert [found.target_id] == plain_ids(tokenizer, target)
+    assert found.notes == (
+        f"target {target!r} follows the prompt without a space: scoring {target!r} (token id {found.target_id}); "
+        f"for {f' {target}'!r} (token id {other}) write the target with a space before it, or give that id",
+    )
+    assert coded(prompt, "The", f" {target}", tokenizer).target_id == other
+    assert coded(prompt, "The", other, tokenizer).target_id == other
+
+
+@pytest.mark.parametrize(("end", "target"), [(" (", " Seattle"), (" “", " Seattle"), (" downtown-", " Seattle")])
+def test_a_space_that_the_user_typed_stays(end, target):
+    assert piece(byte_level(), coded(f"{TEXT}{end}", target=target)) == "ĠSeattle"
+
+
+def test_what_hardly_anyone_types_on_purpose_is_told():
+    notes = coded(f"{TEXT} ", target=" Seattle").notes
+    assert notes == ("the prompt ends in a space and the target begins with one: the model sees both",)
+    notes = coded(target="\ufeffSeattle", first_target_token=True).notes
+    assert notes[-1].endswith("begins with the invisible character U+FEFF, which is tokenized too")
+
+
+@pytest.mark.parametrize("target", ["Seattle", " Seattle", "$5", "-5", '"5"', "(5"])
+def test_word_pieces_have_no_spaces_and_the_first_piece_of_a_word_is_scored(target):
+    tokenizer = word_pieces()
+    prompt = coded(target=target, tokenizer=tokenizer, first_target_token=True)
+    assert prompt.target_id == plain_ids(tokenizer, target)[0]
+    assert not any("without a space" in note for note in prompt.notes)
+    glued = coded("The Space Need", "The", "le", tokenizer)
+    assert piece(tokenizer, glued) == "le"
+
+
 def test_after_a_special_token_nothing_is_put_before_the_target():
     tokenizer = byte_level()
     tokenizer.add_special_tokens({"extra_special_tokens": ["[/INST]"]})
     assert piece(tokenizer, coded(f"{TEXT}[/INST]", target="Seattle", tokenizer=tokenizer)) == "Seattle"
     assert piece(tokenizer, coded(f"{TEXT} [/x]", target="Seattle", tokenizer=tokenizer)) == "ĠSeattle"
+    assert piece(tokenizer, coded(target="[/INST]", tokenizer=tokenizer)) == "[/INST]"
 
 
 @pytest.mark.parametrize("tokenizer", [byte_level(), sentencepiece_like(), Slow()], ids=["bytes", "pieces", "slow"])
@@ -333,6 +406,129 @@ def test_a_target_of_unknown_characters_is_an_error(first):
     with pytest.raises(PromptError, match=r"target '東' has characters unknown to the tokenizer, \['<unk>'\]"):
         coded(target="東", tokenizer=Slow(), first_target_token=first)
     assert coded(target="<unk>", tokenizer=Slow()).target_id == 0
+
+
+@pytest.mark.parametrize("argument", ["prompt", "target"])
+def test_half_of_a_character_is_refused(argument):
+    with pytest.raises(PromptError, match=r"has half of a character"):
+        coded(**{argument: f"{TEXT} \ud800"})
+
+
+# What fasttrace asks of a tokenizer.
+
+
+class Processor:
+    """As of models of text and images: images come first."""
+
+    def __init__(self, **parts):
+        self.__dict__.update(parts)
+
+    def __call__(self, images=None, text=None):
+        raise ValueError("You have to specify text")
+
+    def decode(self, ids):
+        return ""
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "advice"),
+    [
+        ("gpt2", r"the text 'gpt2': load it with AutoTokenizer.from_pretrained\('gpt2'\)"),
+        (PreTrainedTokenizerFast, r"the class transformers.*: give a loaded one, .*.from_pretrained\(NAME\)"),
+        (byte_level().backend_tokenizer, r"a tokenizers.Tokenizer: wrap it, transformers.PreTrainedTokenizerFast\(tok"),
+        (
+            Processor(tokenizer=byte_level()),
+            r"a processor of texts and images: give its tokenizer, processor.tokenizer",
+        ),
+        (Processor(), r"has no convert_ids_to_tokens: give a Hugging Face tokenizer, .* or a processor's .tokenizer"),
+        (torch.nn.Linear(1, 1), r"has no decode and no convert_ids_to_tokens: give a Hugging Face tokenizer"),
+        (7, r"has no __call__ and no decode"),
+    ],
+)
+def test_what_is_no_tokenizer_is_refused_with_what_to_give(tokenizer, advice):
+    with pytest.raises(ModelError, match=f"^the tokenizer is .*{advice}"):
+        check_tokenizer(tokenizer)
+
+
+def test_tokenizers_are_handed_on():
+    for tokenizer in (None, byte_level(), sentencepiece_like(), word_pieces(), Slow()):
+        assert check_tokenizer(tokenizer) is tokenizer
+
+
+class Strange(Slow):
+    """A tokenizer that calls tokens which it has not by whatever it is told."""
+
+    def __init__(self, answer):
+        self.answer = answer
+        super().__init__()
+
+    def decode(self, ids, **options):
+        if max(ids) < len(self.pieces):
+            return super().decode(ids, **options)
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+    def convert_ids_to_tokens(self, ids, *rest, **options):
+        return None if isinstance(ids, int) and ids >= len(self.pieces) else super().convert_ids_to_tokens(ids)
+
+
+@pytest.mark.parametrize(
+    "answer", [IndexError("piece id is out of range."), TypeError(), OverflowError(), None, "", []]
+)
+def test_tokens_that_a_tokenizer_has_not_are_called_by_their_ids(answer):
+    assert token_text(Strange(answer), 5000) == "<5000>"
+    assert token_text(Strange(answer), Slow().pieces.index(" Need")) == " Need"
+    prompt = encode(Strange(answer), [4, 5000, 5001], (1, 3), 5002, vocabulary=6000)
+    assert prompt.tokens[1:] == ("<5000>", "<5001>")
+    assert "<5000>" in prompt.subject or answer in ("", None, [])
+
+
+@pytest.mark.parametrize("tokenizer", [byte_level(), sentencepiece_like(), word_pieces(), Slow()])
+def test_every_kind_of_tokenizer_has_a_name_for_what_it_has_not(tokenizer):
+    assert token_text(tokenizer, len(tokenizer) + 7) == f"<{len(tokenizer) + 7}>"
+    assert token_text(None, 5) == "5"
+
+
+def test_a_tokenizer_with_more_tokens_than_its_model_is_named_where_it_shows():
+    tokenizer = byte_level()
+    advice = f"the tokenizer has {len(tokenizer)} tokens: is it this model's"
+    with pytest.raises(PromptError, match=f"the prompt has token id .*{advice}"):
+        coded(vocabulary=200)
+    with pytest.raises(PromptError, match=f"target is .*{advice}"):
+        coded("is", "is", " Seattle", vocabulary=tokenizer(" Seattle")["input_ids"][0])
+    with pytest.raises(PromptError, match=f"subject 'The' has token id .*{advice}"):
+        subjects_of(tokenizer, ["The"], 200)
+
+
+# Subjects to measure the noise on.
+
+
+def test_one_text_or_one_list_of_ids_is_one_subject():
+    tokenizer = byte_level()
+    (ids,) = subjects_of(tokenizer, "The Space", 999)
+    assert ids == plain_ids(tokenizer, "The Space")
+    for one in (ids, tuple(ids), np.array(ids), torch.tensor(ids), [ids], ["The Space"], iter(["The Space"])):
+        assert subjects_of(tokenizer, one, 999) == [ids]
+    assert subjects_of(tokenizer, ["The", ids, np.array(ids)], 999) == [plain_ids(tokenizer, "The"), ids, ids]
+
+
+@pytest.mark.parametrize("subjects", [[], [""], "", [[]], 3, b"The", [1.5], ["The", 3], [[1, 2.5]], [None], [[True]]])
+def test_what_is_no_subject_to_measure_on_is_refused(subjects):
+    with pytest.raises(PromptError, match=r"subject|token ids"):
+        subjects_of(byte_level(), subjects, 999)
+
+
+def test_whole_numbers_of_other_packages_are_taken():
+    ids = [5, 6, 7]
+    expected = encode(None, ids, (0, 2), 9, vocabulary=10)
+    for given in (np.array(ids), torch.tensor(ids), [np.int64(5), 6, 7], tuple(ids)):
+        assert encode(None, given, np.array([0, 2]), np.int32(9), vocabulary=10) == expected
+    for wrong in ([1.0], [True], ["1"], 5, b"ab"):
+        with pytest.raises(PromptError, match="token ids"):
+            encode(None, wrong, (0, 1), 9, vocabulary=10)
+    with pytest.raises(PromptError, match="half-open token span such as"):
+        encode(None, ids, (0, 1.5), 9, vocabulary=10)
 
 
 # What a tokenizer adds to a text.
@@ -442,6 +638,43 @@ def test_a_token_that_crosses_the_subjects_border_belongs_to_it_and_the_user_is_
     assert prompt.notes == (
         "subject 'Needle' shares its tokens [' (Need', \"le's\"] with the text around it: \"(Needle's\"",
     )
+
+
+def test_a_whole_word_comes_before_the_same_letters_inside_others():
+    prompt = coded("The le is in Needle", "le")
+    assert covered(prompt) == (" ", "le")[1:] or covered(prompt) == (" ", "l", "e")[1:]
+    assert prompt.notes == ()
+    with pytest.raises(
+        PromptError, match=r"'le' occurs 2 times in the prompt, at token spans \(2, 3\), \(4, 5\); give"
+    ):
+        coded("The le le Needle", "le", tokenizer=byte_level(words=["The", "le"]))
+
+
+def test_the_place_of_a_subject_can_be_given():
+    first, second = (coded("The Space is in Space", "Space", subject_start=start) for start in (4, 16))
+    assert (first.span, second.span) == ((1, 2), (4, 5))
+    assert covered(first) == covered(second) == (" Space",)
+    for start in (5, -1, 99):
+        with pytest.raises(PromptError, match=f"does not stand at character {start} "):
+            coded("The Space is in Space", "Space", subject_start=start)
+
+
+@pytest.mark.parametrize("tokenizer", [byte_level(), sentencepiece_like()])
+@pytest.mark.parametrize(("form", "other"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_subject_in_another_unicode_form_covers_the_letters_of_the_prompt(form, other, tokenizer):
+    prompt, subject = unicodedata.normalize(form, "The Zoë is in"), unicodedata.normalize(other, "Zoë")
+    found = coded(prompt, subject, tokenizer=tokenizer)
+    same = coded(prompt, unicodedata.normalize(form, subject), tokenizer=tokenizer)
+    assert found.span == same.span
+    assert same.notes == ()
+    assert "in another Unicode form" in found.notes[0]
+
+
+def test_what_looks_like_the_subject_is_shown():
+    with pytest.raises(
+        PromptError, match=r"occur in the prompt, but 'The' does \(there 'T' U\+0054, here 't' .*tokens are"
+    ):
+        coded(subject="the")
 
 
 @pytest.mark.parametrize("metaspace", [False, True])

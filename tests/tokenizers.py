@@ -1,9 +1,9 @@
-"""Small tokenizers made on the spot: byte-level as GPT-2's, SentencePiece as Llama's and Gemma's, a slow one."""
+"""Small tokenizers made on the spot: byte-level as GPT-2's, SentencePiece as Llama's, BERT's, a slow one."""
 
 import re
 
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
-from tokenizers.models import BPE, Unigram
+from tokenizers.models import BPE, Unigram, WordPiece
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
@@ -69,6 +69,17 @@ def sentencepiece_like(
         unk_token="<unk>",
         extra_special_tokens=["<|user|>"],
     )
+
+
+def word_pieces() -> PreTrainedTokenizerFast:
+    """A tokenizer as BERT's: no spaces, and "##" before what goes on a word; signs are words of their own."""
+    letters = sorted({*"".join(WORDS).replace(" ", ""), *'$#-(".05'})
+    pieces = ["[UNK]", *(word.strip() for word in WORDS), *letters, *(f"##{letter}" for letter in letters)]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
 
 
 class Slow(PreTrainedTokenizer):
