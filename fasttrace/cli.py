@@ -64,7 +64,8 @@ class _Guarded(TyperGroup):
         except FasttraceError as error:
             if ctx.params.get("debug"):
                 raise
-            _tell(f"error: {error}")
+            if not error.elsewhere:
+                _tell(f"error: {error}")
             raise typer.Exit(2) from None
         except KeyboardInterrupt as error:
             _tell(f"interrupted: {str(error) or 'nothing half-written was left'}")

@@ -116,8 +116,9 @@ def run(
     options |= {"samples": samples, "seed": seed, "engine": engine, "budget": number_or_text(budget, int)}
     options |= {"compat": compat} if compat else {}
     options |= {"require_correct": require_correct, "strict": strict, "streams": stream and tuple(stream)}
-    with FactsBar(quiet or not ranks.is_first) as progress:
-        outcome = run_facts(tracer, found, out, ranks=ranks, shard=shard, progress=progress, **options)
+    quiet = quiet or not ranks.is_first
+    with FactsBar(quiet) as bar:
+        outcome = run_facts(tracer, found, out, ranks=ranks, shard=shard, progress=None if quiet else bar, **options)
     if ranks.is_first:
         typer.echo(_summary(outcome, out))
     if not outcome.traced:

@@ -1,38 +1,48 @@
 """One run in any number of processes: packs are dealt to whoever is free, and every process writes its own parts.
 
-Processes are started by `accelerate launch` or `torchrun`. They work out the same packs and take their numbers one by
-one, by making a file that only one of them can make; so a slow process holds nobody up, and one that is killed loses
-the packs that it was computing, which the next start computes. A single huge prompt can be shared out by cells instead.
+Processes are started by `accelerate launch` or `torchrun`, or one by one: several starts on one folder share the work
+as well. They work out the same packs and take their numbers one by one (see `fasttrace.claims`); so a slow process
+holds nobody up, and what one that is killed was computing is computed by another. Or all processes of a start work on
+one prompt, each on a part of its cells.
 """
 
+import logging
 import os
-import secrets
-import shutil
+import pickle
+import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from torch import distributed
 
+from fasttrace.claims import CLAIMS, Claims, claims, named
 from fasttrace.cost import Cost, total
 from fasttrace.engines.job import Job
 from fasttrace.engines.passes import run_together
-from fasttrace.errors import FasttraceError, PlanError, StoreError
+from fasttrace.errors import FasttraceError, PlanError
+from fasttrace.leases import LEASE_SECONDS, Worker
 from fasttrace.many import Encoded, Planned, Study
 from fasttrace.ops import fused
 from fasttrace.readout import Scores
 
-__all__ = ["CellSharded", "Claims", "Ranks"]
+__all__ = ["CLAIMS", "CellSharded", "Claims", "Patience", "Ranks", "claims"]
 
-CLAIMS = ".claims-"
-STALE_SECONDS = 24 * 3600.0
-"""Claims of runs that began longer ago belong to dead ones."""
+logger = logging.getLogger(__name__)
+
+SHORT_WAIT, PACKS_OF_WAIT = 5.0, 3.0
+"""How long a process waits for others' last packs: seconds, and times its own longest pack; whichever is more."""
+SECONDS_BETWEEN_LOOKS = 0.25
+RANK_NAMES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+"""Where accelerate looks for a process's number."""
+AGAIN = "start the same command again: it goes on where it stopped"
+LAUNCHERS = "start with accelerate launch or torchrun, which set it; or unset WORLD_SIZE to start one process alone"
 
 Value = TypeVar("Value")
 
@@ -53,17 +63,28 @@ class Ranks:
     def current(cls, cpu: bool = False) -> "Ranks":
         """As the launcher says; a process that was started alone is the only one.
 
+        A WORLD_SIZE without a number of this process is left over from a batch system: it is noted, and the process
+        works alone.
+
         Args:
             cpu: compute on the CPU although there are GPUs.
 
         Raises:
-            PlanError: the launcher started several processes, and they do not see each other.
+            PlanError: the launcher's variables make no sense, or it started several processes that do not meet.
         """
-        started = int(os.environ.get("WORLD_SIZE", "1"))
+        # Without GPUs, and without being told so, accelerate takes every process for the only one.
+        cpu = cpu or not torch.cuda.is_available()
+        started = _started(0 if cpu else torch.cuda.device_count())
         if started < 2:
             return cls()
-        # Without GPUs, and without being told so, accelerate takes every process for the only one.
-        state = PartialState(cpu=cpu or not torch.cuda.is_available())
+        try:
+            state = PartialState(cpu=cpu)
+        except (ValueError, RuntimeError) as error:
+            PartialState._reset_state()  # what is half made would be found by the next that asks
+            raise PlanError(
+                f"the launcher started {started} processes, which cannot meet ({_first_line(error)}): start them with "
+                "accelerate launch or torchrun, or unset WORLD_SIZE to start one alone"
+            ) from error
         if state.num_processes != started:
             raise PlanError(
                 f"the launcher started {started} processes, of which this one sees {state.num_processes}: start them "
@@ -85,118 +106,168 @@ class Ranks:
         """What `work` gives to the first process, in every process; so is an error that it raises.
 
         Raises:
-            FasttraceError: what `work` raised.
+            FasttraceError: what `work` raised, or a process was lost.
         """
         if self.world == 1:
             return work()
-        outcome: list[Any] = [_outcome(work) if self.is_first else None]
-        broadcast_object_list(outcome)
-        return _value(outcome[0])
+        outcome, raised = self._tried(work) if self.is_first else (None, None)
+        outcomes: list[Any] = [outcome]
+        with _meeting():
+            distributed.broadcast_object_list(outcomes, src=0, group=_messages())
+        return self._values(outcomes, raised)[0]
 
     def in_turn(self, work: Callable[[], Value]) -> Value:
-        """What `work` gives here; the first process does it first, so that the others find what it leaves on disk."""
+        """What `work` gives here; each machine's first process does it first: the others find what it leaves on disk.
+
+        Raises:
+            FasttraceError: what `work` raised somewhere, or a process was lost.
+        """
         if self.world == 1:
             return work()
-        with PartialState().local_main_process_first():
-            return work()
+        goes_first, made = PartialState().is_local_main_process, []
+        for turn in (True, False):
+            self.all(lambda turn=turn: made.append(work()) if turn == goes_first else None)
+        return made[0]
 
     def all(self, work: Callable[[], Value]) -> list[Value]:
         """What `work` gives in each process, in every process; the first error of any is raised in all.
 
         Raises:
-            FasttraceError: what `work` raised somewhere.
+            FasttraceError: what `work` raised somewhere, or a process was lost.
         """
         if self.world == 1:
             return [work()]
-        return [_value(outcome) for outcome in gather_object([_outcome(work)])]
+        outcome, raised = self._tried(work)
+        outcomes: list[Any] = [None] * self.world
+        with _meeting():
+            distributed.all_gather_object(outcomes, outcome, group=_messages())
+        return self._values(outcomes, raised)
 
-
-def _outcome(work: Callable[[], Any]) -> tuple[Any, FasttraceError | None]:
-    try:
-        return work(), None
-    except FasttraceError as error:
-        return None, error
-
-
-def _value(outcome: tuple[Any, FasttraceError | None]) -> Any:
-    value, error = outcome
-    if error is not None:
-        raise error
-    return value
-
-
-class Claims:
-    """Numbers that processes take, each number once: files that only one process can make.
-
-    Attributes:
-        folder: where the files are; all processes see it, on one machine or several.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def taken(self, count: int) -> Iterator[int]:
-        """Takes numbers below `count`, the lowest that is free first, until all are taken.
-
-        Raises:
-            StoreError: the folder cannot be written to.
-        """
-        for number in range(count):
-            if self._make(f"{number}.taken"):
-                yield number
-
-    def finish(self, number: int) -> None:
-        """Says that a number's work is done, and written."""
-        self._make(f"{number}.done")
-
-    def finished(self) -> frozenset[int]:
-        """Numbers whose work is done, in any process."""
-        return frozenset(int(path.stem) for path in self.folder.glob("*.done"))
-
-    def _make(self, name: str) -> bool:
+    def _tried(self, work: Callable[[], Any]) -> tuple["_Outcome", BaseException | None]:
         try:
-            os.close(os.open(self.folder / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except FileExistsError:
-            return False
-        except OSError as error:
-            raise StoreError(
-                f"cannot write to {self.folder} ({error}): free some space or make the folder writable, then start the "
-                "same run again: it goes on where it stopped"
-            ) from error
-        return True
+            return (work(), None), None
+        except BaseException as error:  # also Ctrl-C: the others would wait for this process
+            return (None, _as_message(error, self.rank)), error
+
+    def _values(self, outcomes: Sequence["_Outcome"], raised: BaseException | None) -> list[Any]:
+        if raised is not None and not isinstance(raised, FasttraceError):
+            raise raised
+        for rank, (_, error) in enumerate(outcomes):
+            if error is not None and rank == self.rank and raised is not None:
+                raise raised
+            if error is not None:
+                error.elsewhere = True
+                raise error
+        return [value for value, _ in outcomes]
+
+
+_Outcome = tuple[Any, FasttraceError | None]
+
+
+def _as_message(error: BaseException, rank: int) -> FasttraceError:
+    if isinstance(error, FasttraceError):
+        with suppress(Exception):
+            return pickle.loads(pickle.dumps(error))
+        return FasttraceError(str(error))
+    said = f"{type(error).__name__}: {_first_line(error)}" if str(error) else type(error).__name__
+    return FasttraceError(f"process {rank} stopped ({said}): see what it said, then {AGAIN}")
 
 
 @contextmanager
-def claims(ranks: Ranks, folder: Path) -> Iterator[Claims]:
-    """Claims for one run in a store's folder, removed when all processes are done.
+def _meeting() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # of gloo: the connection was closed, or nothing came for half an hour
+        raise FasttraceError(f"a process was lost ({_first_line(error)}): {AGAIN}") from error
 
-    After an error they stay where other processes may still ask for numbers; a later run removes them.
 
-    Raises:
-        StoreError: the folder cannot be written to.
+@cache
+def _messages() -> Any:
+    """The group in which messages go: of gloo, which tells at once when a process has died; NCCL only waits."""
+    return None if "gloo" in distributed.get_backend() else distributed.new_group(backend="gloo")
+
+
+def _first_line(error: BaseException) -> str:
+    # Gloo's messages begin with a line of its code and end with a greeting.
+    line = re.sub(r"^\[[^]]*\]\s*", "", str(error).strip()).partition("\n")[0].partition(". This is")[0]
+    return line.strip(" .") or type(error).__name__
+
+
+def _started(gpus: int) -> int:
+    """How many processes the launcher started, by its variables; of which this one has to be a possible one."""
+    world = _whole("WORLD_SIZE", least=1) or 1
+    if world == 1:
+        return 1
+    name = next((name for name in RANK_NAMES if os.environ.get(name)), "RANK")
+    rank, local = _whole(name), _whole("LOCAL_RANK")
+    if rank is None and local is None:
+        logger.warning(
+            "WORLD_SIZE is %d, and neither RANK nor LOCAL_RANK is set: taken as left over, this process works alone; "
+            "starts on one folder share the work",
+            world,
+        )
+        return 1
+    if rank is None or (gpus and local is None):
+        missing = "RANK" if rank is None else "LOCAL_RANK"
+        raise PlanError(f"WORLD_SIZE is {world}, but {missing} is not set: {LAUNCHERS}")
+    if rank >= world:
+        raise PlanError(f"{name} is {rank}, but WORLD_SIZE is {world}: expected 0 to {world - 1}; {LAUNCHERS}")
+    own_gpu = gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ  # as Slurm gives each process its own
+    if gpus and local is not None and local >= gpus and not own_gpu:
+        raise PlanError(
+            f"LOCAL_RANK is {local}, but there {'is 1 GPU' if gpus == 1 else f'are {gpus} GPUs'} here: start at most "
+            "as many processes on a machine as it has GPUs, or compute on its CPU with --device cpu"
+        )
+    return world
+
+
+def _whole(name: str, least: int = 0) -> int | None:
+    """A number from the environment; None if it is not set, or empty."""
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return None
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise PlanError(f"{name} is {text!r} in the environment: expected a whole number >= {least}; {LAUNCHERS}")
+    return number
+
+
+class Patience:
+    """How long a process waits for the last packs of other starts, before it computes them itself.
+
+    Args:
+        longest: seconds that one of its own packs took; None if it computed none.
+        clock, sleep: as of `time`.
     """
-    made = Claims(Path(ranks.first(lambda: str(_new_claims(folder)))))
-    unused = ranks.world == 1
-    try:
-        yield made
-        ranks.all(lambda: None)  # nobody asks for a number any more
-        unused = True
-    finally:
-        if unused and ranks.is_first:
-            shutil.rmtree(made.folder, ignore_errors=True)
 
+    def __init__(
+        self,
+        longest: float | None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ):
+        self._seconds = LEASE_SECONDS if longest is None else max(SHORT_WAIT, PACKS_OF_WAIT * longest)
+        self._clock, self._sleep = clock, sleep
+        self._holders: Mapping[int, Worker] = {}
+        self._since = clock()
 
-def _new_claims(folder: Path) -> Path:
-    for old in folder.glob(f"{CLAIMS}*"):
-        with suppress(OSError):
-            if time.time() - old.stat().st_mtime > STALE_SECONDS:
-                shutil.rmtree(old, ignore_errors=True)
-    made = folder / f"{CLAIMS}{secrets.token_hex(8)}"
-    try:
-        made.mkdir()
-    except OSError as error:
-        raise StoreError(f"cannot write to {folder} ({error}): give another folder, or make it writable") from error
-    return made
+    def is_over(self, holders: Mapping[int, Worker]) -> bool:
+        """Whether nothing has changed for too long; if not, a moment has passed.
+
+        Args:
+            holders: who computes what.
+        """
+        if holders != self._holders:
+            self._holders, self._since = holders, self._clock()
+            who = named(set(holders.values()))
+            logger.warning("%s at work on the last packs (%d): waiting for them", who, len(holders))
+        elif self._clock() - self._since > self._seconds:
+            return True
+        self._sleep(SECONDS_BETWEEN_LOOKS)
+        return False
 
 
 @dataclass(frozen=True)

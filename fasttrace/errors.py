@@ -12,7 +12,13 @@ __all__ = [
 
 
 class FasttraceError(ValueError):
-    """Base of all errors that fasttrace raises on purpose."""
+    """Base of all errors that fasttrace raises on purpose.
+
+    Attributes:
+        elsewhere: it was raised in another process of the same start, which says it.
+    """
+
+    elsewhere = False
 
 
 class PromptError(FasttraceError):

@@ -3,7 +3,6 @@
 import json
 import os
 import secrets
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +21,8 @@ __all__ = [
     "TEMPORARY",
     "as_utf8",
     "atomic_write",
+    "clock_of",
+    "paths_in",
     "read_parquet",
     "remove_stale",
     "set_aside",
@@ -57,7 +58,7 @@ def atomic_write(path: str | os.PathLike[str], advice: str = WRITABLE) -> Iterat
     with _scratch(path, advice) as temporary:
         yield temporary
         _sync(temporary)
-        os.replace(temporary, path)
+        _rename(temporary, path)
         _sync_folder(path.parent)
 
 
@@ -114,15 +115,69 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def _rename(temporary: Path, path: Path) -> None:
+    made = os.stat(temporary)
+    try:
+        os.replace(temporary, path)
+    except FileNotFoundError:
+        # NFS asks again when an answer was lost, and is then told that the file is gone which it renamed before.
+        if not _is(path, made):
+            raise
+
+
 def _link(temporary: Path, path: Path) -> bool:
+    made = os.stat(temporary)
     try:
         os.link(temporary, path)
+    except FileExistsError:
+        # Here too the file that is in the way may be this one.
+        return _is(path, made)
     except OSError:
-        # The name is taken; or a file system without hard links, where a rename has to do.
+        # A file system without hard links, where a rename has to do.
         if path.exists():
             return False
         os.replace(temporary, path)
     return True
+
+
+def _is(path: Path, made: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(path.stat(), made)
+    except OSError:
+        return False
+
+
+def clock_of(folder: Path) -> float | None:
+    """What time it is by the clock of a folder's file system, which may be another machine's.
+
+    A file is made for it and removed. By this a listing of the folder that NFS keeps in memory becomes a new one, too.
+
+    Args:
+        folder: an existing one.
+
+    Returns:
+        Seconds, as in the times of files; None if no file can be made there.
+    """
+    probe = folder / f"{TEMPORARY}{secrets.token_hex(8)}"
+    try:
+        with probe.open("xb") as file:
+            return os.fstat(file.fileno()).st_mtime
+    except OSError:
+        return None
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
+
+
+def paths_in(folder: Path, pattern: str) -> list[Path]:
+    """Paths in a folder whose names match a pattern, sorted; none where it cannot be listed.
+
+    For files that only help: what is missed there does no harm.
+    """
+    try:
+        return sorted(folder.glob(pattern))
+    except OSError:
+        return []
 
 
 def remove_stale(folder: Path, age: float = HOUR) -> None:
@@ -130,11 +185,15 @@ def remove_stale(folder: Path, age: float = HOUR) -> None:
 
     Args:
         folder: whose files to look at; not those below it.
-        age: seconds since a file was last written; a living process is done with one long before an hour.
+        age: seconds since a file was last written, by the file system's clock; a living process is done with one long
+            before an hour.
     """
-    for path in folder.glob(f"{TEMPORARY}*"):
+    now = clock_of(folder)
+    if now is None:
+        return
+    for path in paths_in(folder, f"{TEMPORARY}*"):
         with suppress(OSError):
-            if time.time() - path.stat().st_mtime > age:
+            if now - path.stat().st_mtime > age:
                 path.unlink()
 
 

@@ -1,9 +1,11 @@
 """A run: a set of facts traced into a store, by one process or many, from the start or from where it stopped."""
 
 import hashlib
+import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -11,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from fasttrace import cpu_linears, kernel_choice
 from fasttrace.datasets import Fact, FactSet
-from fasttrace.distributed import CellSharded, Claims, Ranks, claims
+from fasttrace.distributed import CellSharded, Claims, Patience, Ranks, claims
 from fasttrace.engines.memory import Budget
-from fasttrace.errors import PlanError, PromptError
+from fasttrace.errors import PlanError, PromptError, StoreError
 from fasttrace.identity import digests
 from fasttrace.manifest import SAME_SIGMA, compared, differences, plain_json
 from fasttrace.many import Encoded, Study, study_of
@@ -28,6 +30,8 @@ __all__ = ["Outcome", "Told", "run"]
 SHARDS = ("facts", "cells")
 SHOWN = 3
 """Differences between two processes that a message names."""
+SECONDS_BETWEEN_LISTINGS, LISTING_SHARE = 1.0, 20.0
+"""Claims are not listed again before so many seconds, nor before so many times what the last listing took."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,8 @@ def run(
     study = replace(study, sweep=replace(study.sweep, sigma=sigma, about=about))
     store = _opened(ranks, Path(folder), {**fingerprint, "sigma": sigma}, facts)
     store.notes += notes
-    return _Run(ranks, study, store, facts, progress).run(encoded, refused)
+    budget = options.get("budget", "auto")
+    return _Run(ranks, study, store, facts, progress, budget).run(encoded, refused)
 
 
 def _opened(ranks: Ranks, folder: Path, fingerprint: Mapping[str, Any], facts: FactSet) -> Store:
@@ -137,37 +142,74 @@ class _Run:
     """One start of a run, in one process.
 
     Attributes:
-        packs: what is left to trace.
+        packs: what is left to trace of each pack, by its number.
+        written: parts of this process that the others were not told of: the ids in each, and which were skipped.
         skipped: facts that were skipped in this start, in all processes.
+        done: numbers of packs that are done, as far as is known here.
         told: what was told last.
+        longest: seconds that a pack took here, at most.
+        before: numbers of packs that were marked as done when this start began.
+        next_listing: when claims may be listed again.
     """
 
-    def __init__(self, ranks: Ranks, study: Study, store: Store, facts: FactSet, progress: Progress | None):
+    def __init__(
+        self,
+        ranks: Ranks,
+        study: Study,
+        store: Store,
+        facts: FactSet,
+        progress: Progress | None,
+        budget: Any = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self.ranks, self.study, self.store, self.facts, self.progress = ranks, study, store, facts, progress
-        self.packs: list[list[Encoded]] = []
+        self.budget, self.clock = budget, clock
+        self.packs: dict[int, list[Encoded]] = {}
+        self.written: dict[str, dict[str, bool]] = {}
         self.skipped = 0
+        self.done: set[int] = set()
         self.told: Told | None = None
+        self.longest: float | None = None
+        self.before: frozenset[int] = frozenset()
+        self.next_listing = self.clock() + SECONDS_BETWEEN_LISTINGS
 
     def run(self, encoded: Sequence[Encoded], refused: Sequence[Record]) -> Outcome:
         """Does what is left to do."""
-        left = {fact.id for fact in self.ranks.first(lambda: self.store.remaining(self.facts.facts))}
-        refused = [record for record in refused if record.fact.id in left]
-        self._skip(refused if self.ranks.is_first else [], len(refused))
-        packs = self._packed(self._asked(encoded, left))
-        still = ([each for each in pack if each.fact.id in left] for pack in packs)
-        self.packs = [pack for pack in still if pack]
-        with claims(self.ranks, self.store.folder) as claimed:
+        with claims(self.ranks, self.store.folder, self._key()) as claimed:
+            left = {fact.id for fact in self.ranks.first(lambda: self.store.remaining(self.facts.facts))}
+            refused = [record for record in refused if record.fact.id in left]
+            self._skip(refused if self.ranks.is_first else [], len(refused))
+            packs = self._packed(self._asked(encoded, left), claimed)
+            still = {number: [each for each in pack if each.fact.id in left] for number, pack in enumerate(packs)}
+            self.packs = {number: pack for number, pack in still.items() if pack}
+            self.before = claimed.finished() if self.ranks.is_first else frozenset()
             self._tell(claimed)
-            self._trace(claimed)
-            self.ranks.all(lambda: None)  # others may have been at their last packs when this process told last
+            self._trace(self._free(claimed), claimed)
+            while numbers := self._lost(claimed):
+                mine = numbers if self._together else numbers[self.ranks.rank :: self.ranks.world]
+                self._trace(claimed.taken_over(mine), claimed)
+            self.done |= self.packs.keys()
             self._tell(claimed)
         return self._outcome(len(self.facts) - len(left))
 
-    def _packed(self, asked: Sequence[Encoded]) -> list[list[Encoded]]:
-        """The packs as the first process makes them: their numbers mean the same everywhere."""
+    @property
+    def _together(self) -> bool:
+        return isinstance(self.study, CellSharded)
+
+    def _key(self) -> str:
+        """What starts have in common that make the same packs, and so share them."""
+        study, ids = self.study, sorted(fact.id for fact in self.facts)
+        same = [self.store.fingerprint, ids, repr(self.budget), study.sweep.choice.name, study.fuse, self._together]
+        return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _packed(self, asked: Sequence[Encoded], claimed: Claims) -> list[list[Encoded]]:
+        """The packs as the start made them that was here first: their numbers mean the same everywhere."""
         by_id = {each.fact.id: each for each in asked}
-        ids = self.ranks.first(lambda: [[each.fact.id for each in pack] for pack in self.study.packed(asked)])
-        return [[by_id[fact_id] for fact_id in pack] for pack in ids]
+        ids = self.ranks.first(
+            lambda: claimed.agreed([[each.fact.id for each in pack] for pack in self.study.packed(asked)])
+        )
+        packs = [[by_id.pop(fact_id) for fact_id in pack if fact_id in by_id] for pack in ids]
+        return [*packs, *self.study.packed(by_id.values())]
 
     def _asked(self, encoded: Sequence[Encoded], left: set[str]) -> list[Encoded]:
         """Facts to trace, and those that an earlier start traced: so that every start makes the same packs."""
@@ -176,35 +218,88 @@ class _Run:
         unknown = [each for each in encoded if each.fact.id in left][self.ranks.rank :: self.ranks.world]
         shares = self.ranks.all(lambda: self.study.known(unknown))
         self._skip(shares[self.ranks.rank][1], sum(len(skipped) for _, skipped in shares))
-        status = self._status()
+        status = self.ranks.first(self._status)
         before = [each for each in encoded if each.fact.id not in left and status[each.fact.id] == "traced"]
         return [*before, *(each for known, _ in shares for each in known)]
 
     def _skip(self, records: Sequence[Record], of_all: int) -> None:
         self.skipped += of_all
         if records:
-            self.store.write(records, rank=self.ranks.rank)
+            self._write(records)
 
-    def _trace(self, claimed: Claims) -> None:
-        numbers: list[int] = []
-        together = isinstance(self.study, CellSharded)
+    def _write(self, records: Sequence[Record]) -> str:
+        name = self.store.write(records, rank=self.ranks.rank).name
+        self.written[name] = {record.fact.id: record.result is None for record in records}
+        return name
 
-        def asked() -> Iterator[list[Encoded]]:
-            for number in range(len(self.packs)) if together else claimed.taken(len(self.packs)):
-                numbers.append(number)
+    def _free(self, claimed: Claims) -> Iterator[int]:
+        """Numbers of packs that nobody has taken."""
+        there: frozenset[str] | None = None
+        for number in claimed.taken(self.packs):
+            if claimed.was_gone:  # with the traces of those who did some of it, or all, while this process was stopped
+                claimed.was_gone, there = False, self.store.done
+            if there is None or self._missing([number], there):
+                yield number
+
+    def _trace(self, numbers: Iterator[int], claimed: Claims) -> None:
+        asked: list[int] = []
+
+        def packs() -> Iterator[list[Encoded]]:
+            for number in self._same(numbers) if self._together else numbers:
+                asked.append(number)
                 yield self.packs[number]
 
-        for records in self.study.run(asked()):
-            if self.ranks.is_first or not together:
-                self.store.write(records, rank=self.ranks.rank)
-            claimed.finish(numbers.pop(0))
+        began = self.clock()
+        for records in self.study.run(packs()):
+            number = asked.pop(0)
+            if self.ranks.is_first or not self._together:
+                claimed.finish(number, self._write(records))
+            began, before = self.clock(), began
+            self.longest = max(self.longest or 0.0, began - before)
+            self.done.add(number)
             self._tell(claimed)
+
+    def _same(self, numbers: Iterator[int]) -> Iterator[int]:
+        """The first process's numbers, in all of them."""
+        while (number := self.ranks.first(lambda: next(numbers, None))) is not None:
+            yield number
+
+    def _lost(self, claimed: Claims) -> list[int]:
+        """Numbers of packs that are not written, and that no other start is computing; none when all are written."""
+        for written in self.ranks.all(lambda: self.written):
+            self.store.learn(written)
+        self.written = {}
+        return self.ranks.first(lambda: self._waited(claimed))
+
+    def _waited(self, claimed: Claims) -> list[int]:
+        """Waits for packs that other starts are computing, and not for ever: then it gives those."""
+        patience = Patience(self.longest)
+        missing = self._missing(self.packs, self._seen())
+        while missing:
+            # Asked before the parts are looked at: of who is done in between, the part is there.
+            holders = claimed.holders(missing)
+            for name in filter(None, map(claimed.part, missing)):
+                self.store.look(name)
+            missing = self._missing(missing, self.store.done)
+            holders = {number: holders[number] for number in missing if number in holders}
+            if len(holders) < len(missing):
+                return [number for number in missing if number not in holders]
+            if missing and patience.is_over(holders):
+                break
+        return missing
+
+    def _seen(self) -> frozenset[str]:
+        return frozenset(fact_id for ids in self.store.seen.values() for fact_id in ids)
+
+    def _missing(self, numbers: Iterable[int], there: frozenset[str]) -> list[int]:
+        return [number for number in numbers if any(each.fact.id not in there for each in self.packs[number])]
 
     def _tell(self, claimed: Claims) -> None:
         if self.progress is None or not self.ranks.is_first:
             return
-        done = [each for number in claimed.finished() for each in self.packs[number]]
-        facts = self.skipped + sum(map(len, self.packs))
+        self._list(claimed)
+        done = [each for number in self.done for each in self.packs.get(number, ())]
+        facts = self.skipped + sum(map(len, self.packs.values()))
         cells = len(self.study.sweep.windows) * self.study.sweep.anatomy.n_layers
         cells *= sum(len(each.prompt.token_ids) for each in done)
         told = Told(facts, self.skipped + len(done), self.skipped, cells)
@@ -212,10 +307,27 @@ class _Run:
             self.told = told
             self.progress(told)
 
+    def _list(self, claimed: Claims) -> None:
+        """Learns how far other processes are, once a second at most: of many packs a listing takes long."""
+        began = self.clock()
+        if began < self.next_listing:
+            return
+        self.done |= claimed.finished() - self.before
+        self.next_listing = began + max(SECONDS_BETWEEN_LISTINGS, LISTING_SHARE * (self.clock() - began))
+
     def _outcome(self, before: int) -> Outcome:
+        traced, skipped = self.ranks.first(self._counts)
+        return Outcome(self.store, len(self.facts), before, traced, skipped)
+
+    def _counts(self) -> tuple[int, int]:
         status = self._status()
-        found = [status[fact.id] for fact in self.facts]
-        return Outcome(self.store, len(found), before, found.count("traced"), found.count("skipped"))
+        found = [status.get(fact.id) for fact in self.facts]
+        if None in found:
+            raise StoreError(
+                f"{found.count(None)} of {len(found)} facts are not in {self.store.folder} although they were written: "
+                "parts were removed or damaged meanwhile; start the same run again, it computes them again"
+            )
+        return found.count("traced"), found.count("skipped")
 
     def _status(self) -> dict[str, str]:
         facts = self.store.facts(self.store.coverage(everything=True))

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,40 @@ class Store:
         self._written += 1
         self._keep(path.name, [record.fact.id for record in records], [record.result is None for record in records])
         return path
+
+    @property
+    def seen(self) -> dict[str, tuple[str, ...]]:
+        """Parts that were looked at, or that a process told of, and the ids in each; nothing is listed for it."""
+        return dict(self._ids)
+
+    def learn(self, parts: Mapping[str, Mapping[str, bool]]) -> None:
+        """Takes the word of other processes for parts that they wrote, which a listing may not show yet.
+
+        Args:
+            parts: names of parts, and of each the ids in it with whether that fact was skipped.
+        """
+        for name, facts in parts.items():
+            self._keep(name, list(facts), list(facts.values()))
+
+    def look(self, name: str) -> bool:
+        """Looks at one part without listing the folder.
+
+        Args:
+            name: that a part may have.
+
+        Returns:
+            Whether there is such a part, whole; its facts are done then.
+
+        Raises:
+            StoreError: it is another run's, of a newer format, or may not be read.
+        """
+        if os.path.basename(name) != name:
+            return False
+        with suppress(DamagedPartError):
+            if name not in self._ids:
+                self._look_into(self.folder / PARTS / name)
+            return True
+        return False
 
     def check(self) -> tuple[Path, ...]:
         """Reads every part again and moves those that are damaged into ``DIR/damaged``.

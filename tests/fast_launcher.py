@@ -20,9 +20,10 @@ import transformers.models.gpt2.modeling_gpt2  # noqa: F401 (imported once for a
 from fasttrace import api, distributed, exports, many, progress, runs  # noqa: F401
 from fasttrace.cli import app
 from fasttrace.errors import StoreError
+from tests import faults
 
 
-def start(arguments: Sequence[str], log: str, world: int, pause: float, fail: int) -> list[int]:
+def start(arguments: Sequence[str], log: str, world: int, pause: float, fail: int, fault: str) -> list[int]:
     """Starts `fasttrace` with some arguments in `world` processes; gives their numbers, the first is the group's.
 
     Args:
@@ -30,6 +31,7 @@ def start(arguments: Sequence[str], log: str, world: int, pause: float, fail: in
         log: a file that gets all they say.
         pause: seconds before each pack, as if the model were larger.
         fail: the process that finds no room for its first pack; -1: none.
+        fault: a function of `tests.faults`, called with the rank; "": none.
     """
     port, pids = _free_port(), []
     for rank in range(world):
@@ -41,6 +43,7 @@ def start(arguments: Sequence[str], log: str, world: int, pause: float, fail: in
                 log,
                 pause if rank != fail else -1.0,
                 {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port},
+                fault,
             )
         if not pids:
             os.setpgid(pid, pid)  # here too: whichever of the two is first
@@ -48,7 +51,7 @@ def start(arguments: Sequence[str], log: str, world: int, pause: float, fail: in
     return pids
 
 
-def _run(arguments: Sequence[str], log: str, pause: float, places: dict[str, int]) -> None:
+def _run(arguments: Sequence[str], log: str, pause: float, places: dict[str, int], fault: str) -> None:
     """What a new process does; it never comes back."""
     code: Any = 1
     try:
@@ -57,6 +60,8 @@ def _run(arguments: Sequence[str], log: str, pause: float, places: dict[str, int
         os.dup2(output, 2)
         os.environ.update({name: str(value) for name, value in places.items()}, MASTER_ADDR="127.0.0.1")
         _slow_down(pause)
+        if fault:
+            getattr(faults, fault)(places["RANK"])
         app([word.replace("{rank}", str(places["RANK"])) for word in arguments], prog_name="fasttrace")
     except SystemExit as exit:
         code = exit.code or 0
@@ -80,8 +85,8 @@ def _slow_down(pause: float) -> None:
     many.Study._records = slow
 
 
-def wait(pids: Sequence[int], seconds: float) -> list[int]:
-    """Exit codes, those of killed processes negative; as torchrun does, ends the others when one has failed."""
+def wait(pids: Sequence[int], seconds: float, launched: bool) -> list[int]:
+    """Exit codes, those of killed processes negative; if launched, as by torchrun, one that fails ends the others."""
     codes: dict[int, int] = {}
     end = time.monotonic() + seconds
     while len(codes) < len(pids):
@@ -89,7 +94,7 @@ def wait(pids: Sequence[int], seconds: float) -> list[int]:
             found, status = os.waitpid(pid, os.WNOHANG)
             if found:
                 codes[pid] = os.waitstatus_to_exitcode(status)
-        if any(codes.values()) or time.monotonic() > end:
+        if (launched and any(codes.values())) or time.monotonic() > end:
             for pid in set(pids) - codes.keys():
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.005)

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -163,7 +164,8 @@ class Launcher:
     """Starts `fasttrace` in several processes within a second; the other end of `tests.fast_launcher`."""
 
     def __init__(self, folder: Path):
-        self.log = folder / "log.txt"
+        self.folder, self.starts = folder, 0
+        self.log = folder / "0.txt"
         self.server = subprocess.Popen(
             [sys.executable, "-m", "tests.fast_launcher"],
             env=environment(),
@@ -179,20 +181,32 @@ class Launcher:
         self.server.stdin.close()
         self.server.wait(timeout=PATIENCE)
 
-    def start(self, *arguments: object, world: int = 2, pause: float = 0.0, fail: int = -1) -> list[int]:
-        """Numbers of the processes that were started; the first is their group's."""
+    def start(
+        self, *arguments: object, world: int = 2, pause: float = 0.0, fail: int = -1, fault: str = ""
+    ) -> list[int]:
+        """Numbers of the processes that were started; the first is their group's. What they say is in `log`.
+
+        Args:
+            arguments: of the command line.
+            world: how many.
+            pause: seconds before each pack.
+            fail: the process that finds no room for its first pack.
+            fault: a function of `tests.faults` that each calls with its rank before it begins.
+        """
+        self.starts += 1
+        self.log = self.folder / f"{self.starts}.txt"
         self.log.write_text("")
         words = [str(word) for word in arguments]
-        options = {"log": str(self.log), "world": world, "pause": pause, "fail": fail}
+        options = {"log": str(self.log), "world": world, "pause": pause, "fail": fail, "fault": fault}
         return self._asked(do="start", arguments=words, **options)
 
-    def wait(self, pids: list[int]) -> list[int]:
-        """Their exit codes."""
-        return self._asked(do="wait", pids=pids, seconds=PATIENCE)
+    def wait(self, pids: list[int], launched: bool = True) -> list[int]:
+        """Their exit codes; without a launcher nobody ends the others when one has failed."""
+        return self._asked(do="wait", pids=pids, seconds=PATIENCE, launched=launched)
 
-    def run(self, *arguments: object, world: int = 2) -> tuple[list[int], str]:
-        """Exit codes of processes that ran to their end, and all that they said."""
-        codes = self.wait(self.start(*arguments, world=world))
+    def run(self, *arguments: object, launched: bool = True, **options: Any) -> tuple[list[int], str]:
+        """Exit codes of processes that ran to their end, and all that they said; for options see `start`."""
+        codes = self.wait(self.start(*arguments, **options), launched)
         return codes, self.log.read_text()
 
     def _asked(self, **request: object) -> list[int]:

@@ -3,19 +3,16 @@
 import json
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import fasttrace
-from fasttrace import PlanError, StoreError, distributed
+from fasttrace import PlanError, distributed
 from fasttrace.cells import grid_cells
 from fasttrace.datasets import read_facts
-from fasttrace.distributed import CLAIMS, STALE_SECONDS, CellSharded, Claims, Ranks, claims, shares_of_cells
+from fasttrace.distributed import RANK_NAMES, CellSharded, Ranks, shares_of_cells
 from fasttrace.many import study_of
 from fasttrace.runs import run
 from fasttrace.stores import Store
@@ -206,9 +203,11 @@ def test_without_gpus_processes_meet_on_the_cpu_although_nobody_says_so(monkeypa
         def __init__(self, cpu):
             asked.append(cpu)
 
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(distributed, "PartialState", State)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert Ranks.current() == Ranks(1, 2)
     assert Ranks.current(cpu=True) == Ranks(1, 2)
     assert asked == [not gpus, True]
@@ -222,67 +221,118 @@ def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
             pass
 
     monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(distributed, "PartialState", State)
     with pytest.raises(PlanError, match="started 4 processes, of which this one sees 1"):
         Ranks.current()
 
 
-# Claims.
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE is 'x' in the environment: expected a whole number >= 1"),
+        ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE is '2.0'"),
+        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE is '-2'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+        ({"WORLD_SIZE": "2", "RANK": "two"}, "RANK is 'two'"),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK is '-1' in the environment: expected a whole number >= 0"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK is 2, but WORLD_SIZE is 2: expected 0 to 1"),
+        ({"WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "5"}, "OMPI_COMM_WORLD_RANK is 5, but WORLD_SIZE is 2"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "WORLD_SIZE is 2, but RANK is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "gpu1"}, "LOCAL_RANK is 'gpu1'"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "MASTER_ADDR"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"}, "cannot meet"),
+    ],
+)
+def test_a_launchers_variables_that_make_no_sense_are_named(monkeypatch, variables, message):
+    _set(monkeypatch, variables)
+    with pytest.raises(PlanError, match=message):
+        Ranks.current(cpu=True)
 
 
-def test_threads_never_take_the_same_number(tmp_path):
-    with ThreadPoolExecutor(8) as pool:
-        taken = list(pool.map(lambda _: list(Claims(tmp_path).taken(200)), range(8)))
-    assert sorted(number for numbers in taken for number in numbers) == list(range(200))
+@pytest.mark.parametrize(
+    ("gpus", "variables", "message"),
+    [
+        (2, {"LOCAL_RANK": "2"}, "LOCAL_RANK is 2, but there are 2 GPUs here"),
+        (1, {"LOCAL_RANK": "2"}, "LOCAL_RANK is 2, but there is 1 GPU here"),
+        (1, {"LOCAL_RANK": "2", "CUDA_VISIBLE_DEVICES": "2"}, None),
+        (4, {"LOCAL_RANK": "2"}, None),
+        (4, {}, "WORLD_SIZE is 4, but LOCAL_RANK is not set"),
+        (0, {"LOCAL_RANK": "2"}, None),
+        (0, {}, None),
+    ],
+)
+def test_every_process_needs_a_gpu_where_there_are_any(monkeypatch, gpus, variables, message):
+    class State:
+        process_index, num_processes = 2, 4
+
+        def __init__(self, cpu):
+            pass
+
+    monkeypatch.setattr(distributed, "PartialState", State)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    _set(monkeypatch, {"WORLD_SIZE": "4", "RANK": "2"} | variables)
+    assert Ranks.current(cpu=True) == Ranks(2, 4)
+    if message is None:
+        assert Ranks.current() == Ranks(2, 4)
+    else:
+        with pytest.raises(PlanError, match=message):
+            Ranks.current()
 
 
-def _taken(folder):
-    return list(Claims(Path(folder)).taken(200))
+@pytest.mark.parametrize(("variables", "said"), [({"WORLD_SIZE": ""}, ""), ({"WORLD_SIZE": "8"}, "taken as left over")])
+def test_a_world_that_no_launcher_made_is_a_process_alone(monkeypatch, caplog, variables, said):
+    _set(monkeypatch, variables)
+    assert Ranks.current() == Ranks()
+    assert said in caplog.text
+    assert bool(said) == bool(caplog.text)
 
 
-def test_processes_never_take_the_same_number(tmp_path):
-    with get_context("fork").Pool(4) as pool:
-        taken = pool.map(_taken, [str(tmp_path)] * 4, chunksize=1)
-    assert sorted(number for numbers in taken for number in numbers) == list(range(200))
+def _set(monkeypatch, variables):
+    """These variables of a launcher and no others; accelerate adds some, which do not outlive the test."""
+    names = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES", *RANK_NAMES)
+    kept = {name: value for name, value in os.environ.items() if name not in names}
+    monkeypatch.setattr(os, "environ", kept | variables)
 
 
-def test_the_lowest_free_number_is_taken_and_only_finished_ones_are_told(tmp_path):
-    first, second = Claims(tmp_path).taken(4), Claims(tmp_path).taken(4)
-    assert [next(first), next(second), next(first)] == [0, 1, 2]
-    assert Claims(tmp_path).finished() == frozenset()
-    for number in (1, 2, 2):
-        Claims(tmp_path).finish(number)
-    assert Claims(tmp_path).finished() == {1, 2}
-    assert list(second) == [3]
-    assert list(first) == []
+# A process that is lost, of those that no launcher ends.
 
 
-def test_claims_in_a_folder_that_is_gone_say_what_to_do(tmp_path):
-    with pytest.raises(StoreError, match=r"cannot write to .*start the same run again"):
-        next(Claims(tmp_path / "none").taken(1))
-    with pytest.raises(StoreError, match=r"cannot write to .*give another folder"), claims(Ranks(), tmp_path / "none"):
-        pass
+@pytest.mark.parametrize(("shard", "world"), [("facts", 2), ("facts", 3), ("cells", 2)])
+def test_a_process_that_dies_is_one_line_for_the_others_and_the_same_command_goes_on(
+    home, tmp_path, alone, launcher, shard, world
+):
+    request = arguments(home, tmp_path, "--budget", SMALL, "--shard", shard)
+    codes, said = launcher.run(*request, world=world, launched=False, fault="second_is_killed", pause=0.05)
+    assert codes == [2, -9, 2][:world], said
+    assert said.count("error: a process was lost (") == world - 1
+    assert "start the same command again: it goes on where it stopped" in said
+    assert "Traceback" not in said
+    before = len(Store.read(tmp_path).done)
+    assert before > 0
+    codes, said = launcher.run(*request, world=world)
+    assert codes == [0] * world, said
+    assert f"({before} were there before)" in said
+    found = one_of_each(Store.read(tmp_path))
+    assert_same_numbers(found, alone)
 
 
-def test_claims_are_removed_at_the_end_also_after_an_error(tmp_path):
-    with claims(Ranks(), tmp_path) as made:
-        assert list(made.taken(2)) == [0, 1]
-        assert made.folder.is_dir()
-    with pytest.raises(KeyboardInterrupt), claims(Ranks(), tmp_path):
-        raise KeyboardInterrupt
-    assert list(tmp_path.iterdir()) == []
+def test_a_process_without_memory_is_one_line_for_the_others(home, tmp_path, launcher):
+    request = arguments(home, tmp_path, "--shard", "cells")
+    codes, said = launcher.run(*request, launched=False, fault="no_memory_in_the_second")
+    assert codes[0] == 2
+    assert codes[1] != 0
+    assert "MemoryError" in said
+    assert "lost" not in said
 
 
-def test_only_claims_of_runs_that_must_be_dead_are_removed_by_another(tmp_path):
-    old, young = tmp_path / f"{CLAIMS}old", tmp_path / f"{CLAIMS}young"
-    for folder in (old, young):
-        folder.mkdir()
-        (folder / "0.taken").touch()
-    before = old.stat().st_mtime - STALE_SECONDS - 60
-    os.utime(old, (before, before))
-    with claims(Ranks(), tmp_path):
-        assert not old.exists()
-    assert [path.name for path in tmp_path.iterdir()] == [young.name]
+def test_an_interrupted_process_does_not_keep_the_others_waiting(home, tmp_path, launcher):
+    codes, said = launcher.run(*arguments(home, tmp_path), launched=False, fault="interrupt_in_the_second", pause=0.05)
+    assert codes == [2, 130]
+    assert "interrupted: " in said
+    assert "a process was lost" in said
+    assert "Traceback" not in said
 
 
 # Cells.

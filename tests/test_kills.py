@@ -12,8 +12,9 @@ import psutil
 import pytest
 
 import fasttrace
+from fasttrace.claims import CLAIMS
 from fasttrace.datasets import read_facts
-from fasttrace.distributed import CLAIMS
+from fasttrace.leases import Worker
 from fasttrace.runs import run
 from fasttrace.stores import Store
 from tests.run_facts import (
@@ -32,6 +33,8 @@ from tests.run_facts import (
     write_facts,
 )
 from tests.test_stores import flip
+
+pytestmark = pytest.mark.slow
 
 KILLS = 20
 FACTS = facts_of(180)
@@ -67,15 +70,18 @@ def arguments(home, out, *others):
     return ("run", "--model", home / "model", "--facts", home / "facts.jsonl", "--out", out, *flags, *others)
 
 
-def claims_in(out):
-    return set(out.glob(f"{CLAIMS}*"))
+def workers_of(out):
+    """Tokens of all processes that were at work in a folder, and of those that took packs, once for each."""
+    badges = {path.stem for path in out.glob(f"{CLAIMS}*/*.worker")}
+    leases = [Worker.read(path) for path in out.glob(f"{CLAIMS}*/*.taken")]
+    return badges, [lease.token for lease in leases if lease]
 
 
 def wait_for_work(pids, out, before, packs):
     """Waits until processes have taken some packs that no earlier start took; False if they ended before."""
     for _ in range(PATIENCE * 500):
         with suppress(FileNotFoundError):
-            if any(len(list(folder.glob("*.taken"))) >= packs for folder in claims_in(out) - before):
+            if len([token for token in workers_of(out)[1] if token not in before]) >= packs:
                 return True
         if not any(is_alive(pid) for pid in pids):
             return False
@@ -107,7 +113,7 @@ def done_in(out):
 def test_a_run_of_two_processes_survives_twenty_kills_and_damage_between_them(home, tmp_path, undisturbed, launcher):
     chance, at_work, damaged = random.Random(20), 0, []
     for kill in range(KILLS):
-        before = claims_in(tmp_path)
+        before, _ = workers_of(tmp_path)
         pids = launcher.start(*arguments(home, tmp_path), pause=PAUSE)
         if kill % 5 == 4:  # while the processes meet, load the model, open the store
             time.sleep(chance.uniform(0.05, 1.5))
@@ -117,7 +123,7 @@ def test_a_run_of_two_processes_survives_twenty_kills_and_damage_between_them(ho
         codes = launcher.wait(pids)
         assert set(codes) <= {0, -signal.SIGKILL}, launcher.log.read_text()
         done = done_in(tmp_path)
-        at_work += codes == [-signal.SIGKILL] * 2 and done < len(FACTS) and claims_in(tmp_path) > before
+        at_work += codes == [-signal.SIGKILL] * 2 and done < len(FACTS) and workers_of(tmp_path)[0] > before
         if kill % 4 == 3 and done:
             damaged.append(damage_one(tmp_path, chance))
     codes, said = launcher.run(*arguments(home, tmp_path))
@@ -138,7 +144,7 @@ def test_a_run_on_the_real_command_line_survives_the_kill_of_its_launcher_and_of
     orphans = first.children(recursive=True)
     first.kill()
     first.wait()
-    before = claims_in(tmp_path)
+    before, _ = workers_of(tmp_path)
     second = start(*command)
     try:
         wait_for_work([second.pid], tmp_path, before, packs=6)
