@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
 
 from fasttrace.adapters.inputs import InputAxes, input_axes
 from fasttrace.adapters.rules import Parts, find_parts
-from fasttrace.adapters.sizes import flops_of, width_of
+from fasttrace.adapters.sizes import config_of_block, flops_of, pair_flops, width_of
 from fasttrace.cost import UnitWork
 from fasttrace.errors import ModelError
 
@@ -178,16 +178,14 @@ class Anatomy:
     @cached_property
     def unit_work(self) -> UnitWork:
         """Floating-point operations of each part, from the sizes of its weight matrices."""
-        heads = getattr(self.config, "num_attention_heads", 0)
-        heads = heads if isinstance(heads, int) else max(heads, default=0)
-        head_dim = getattr(self.config, "head_dim", None) or self.d_model // max(1, heads)
-        blocks = [flops_of(block, self.config) for block in self.blocks]
-        mixers = [flops_of(mixer, self.config) for mixer in self.parts.mixers]
+        configs = [config_of_block(self.config, number) for number in range(self.n_layers)]
+        blocks = [flops_of(block, config) for block, config in zip(self.blocks, configs, strict=True)]
+        mixers = [flops_of(mixer, config) for mixer, config in zip(self.parts.mixers, configs, strict=True)]
         return UnitWork(
             attention=tuple(mixers),
             mlp=tuple(block - mixer for block, mixer in zip(blocks, mixers, strict=True)),
-            pair=4 * heads * head_dim,
-            head=flops_of(self.model.get_output_embeddings(), self.config),
+            pair=tuple(pair_flops(config, self.d_model) for config in configs),
+            head=flops_of(self.model.get_output_embeddings()),
         )
 
 
