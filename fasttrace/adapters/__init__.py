@@ -1,6 +1,7 @@
 """Adapters: the parts of a Hugging Face model that the engines touch, found by rules rather than by family."""
 
 import inspect
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,11 +17,14 @@ from transformers.models.auto.modeling_auto import (
 
 from fasttrace.adapters.inputs import InputAxes, input_axes
 from fasttrace.adapters.rules import Parts, find_parts
+from fasttrace.adapters.second_look import N_TOKENS, looks_twice, neutral_token, second_look_note, words
 from fasttrace.adapters.sizes import config_of_block, flops_of, pair_flops, width_of
 from fasttrace.cost import UnitWork
 from fasttrace.errors import ModelError
 
 __all__ = ["Anatomy", "anatomy_of", "module_paths"]
+
+logger = logging.getLogger("fasttrace")
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +167,17 @@ class Anatomy:
     def vocabulary(self) -> int:
         """Width of the logits."""
         return width_of(self.model.get_output_embeddings()) or self.config.vocab_size
+
+    @cached_property
+    def neutral_token(self) -> int | None:
+        """What the model's other lookups see in place of the subject; None where the input embedding is the only one."""
+        vocabulary = self.config.vocab_size
+        ids = words(self.model, vocabulary, min(N_TOKENS, self.max_positions or N_TOKENS))
+        if not looks_twice(self.model, self.embedding, ids.to(self.device)):
+            return None
+        token = neutral_token(self.model, vocabulary)
+        logger.warning("%s", second_look_note(self.model, token))
+        return token
 
     @cached_property
     def keeps_logits(self) -> bool:
