@@ -260,7 +260,7 @@ def _check_job(anatomy: Anatomy, n_positions: int = 6) -> Job:
     ids = (torch.arange(n_positions) * 1013 + 7) % anatomy.vocabulary
     span = (min(1, n_positions - 1), min(3, n_positions))
     sigma = sigma_of("s10", anatomy.embedding, [ids[slice(*span)].tolist()], anatomy.device)
-    corruption = draw(span, anatomy.d_model, sigma=sigma, samples=2, seed=0)
+    corruption = draw(span, anatomy.d_model, sigma=sigma, samples=2, seed=0, neutral=anatomy.neutral_token)
     return Job(ids, corruption, tuple(_check_cells(anatomy, n_positions, span)), target=None)
 
 
