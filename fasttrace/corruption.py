@@ -3,9 +3,9 @@
 The bits are those of the code published with Meng et al. (2022): a fresh generator per prompt, drawn and added
 in float64 and rounded once to the model's dtype. The same seed gives the same noise on every device.
 
-Some models look their tokens up a second time (`adapters/second_look.py`), where noise cannot reach: what is read there
-may be the number of an expert, or a table of n-grams. There a corrupted run sees a neutral token in place of the subject,
-so that what is left of the subject is its noised embedding, as in any other model. The noise keeps its bits.
+Some models look their tokens up a second time (`adapters/second_look.py`), where noise cannot reach: what is read
+there may be the number of an expert. There a corrupted run sees a neutral token in place of the subject, so that what
+is left of the subject is its noised embedding, as in any other model. The noise keeps its bits.
 """
 
 import math

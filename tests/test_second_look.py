@@ -1,6 +1,7 @@
 """What a model reads from its tokens beside the input embedding is hidden from the corrupted runs, in every engine."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,12 +60,13 @@ def ngram_llama():
     """A Llama that adds what a table has of the token before to each embedding."""
     model = zoo.tiny_model("llama")
     torch.manual_seed(0)
-    table, embed, forward = nn.Embedding(zoo.VOCABULARY, 32), model.model.embed_tokens, model.model.forward
+    trunk: Any = model.model
+    table, embed, forward = nn.Embedding(zoo.VOCABULARY, 32), trunk.embed_tokens, trunk.forward
 
-    def with_ngrams(input_ids=None, inputs_embeds=None, **kwargs):
+    def with_ngrams(input_ids, inputs_embeds=None, **kwargs):
         return forward(inputs_embeds=embed(input_ids) + table(nn.functional.pad(input_ids[:, :-1], (1, 0))), **kwargs)
 
-    model.model.forward = with_ngrams
+    trunk.forward = with_ngrams
     return model
 
 
@@ -126,7 +128,7 @@ def test_all_cells_are_those_of_plain_forward_passes(name, ids, span):
 
 
 def test_the_reference_swaps_ids_for_what_a_person_would_write_by_hand():
-    """Gemma's corrupted run: the padding token's rows of the second table, the subject's own noised ones of the first."""
+    """Gemma's corrupted run: the second table's rows of padding, the subject's own noised ones of the first."""
     anatomy = anatomy_of(zoo.tiny_model("gemma4_text"))
     job = job_on(anatomy, cells=[])
     ids = torch.tensor([PROMPT])

@@ -170,8 +170,8 @@ class Anatomy:
 
     @cached_property
     def neutral_token(self) -> int | None:
-        """What the model's other lookups see in place of the subject; None where the input embedding is the only one."""
-        vocabulary = self.config.vocab_size
+        """What the model's other lookups see in place of the subject; None: the input embedding is the only one."""
+        vocabulary = getattr(self.config, "vocab_size", None) or self.vocabulary
         ids = words(self.model, vocabulary, min(N_TOKENS, self.max_positions or N_TOKENS))
         if not looks_twice(self.model, self.embedding, ids.to(self.device)):
             return None

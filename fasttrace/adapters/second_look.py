@@ -64,8 +64,8 @@ def neutral_token(model: Any, vocabulary: int) -> int:
 def second_look_note(model: nn.Module, token: int) -> str:
     """The sentence that is logged once a model, and that results carry."""
     return (
-        f"{type(model).__name__} looks its tokens up a second time, beside its input embedding: there corrupted runs see "
-        f"token {token} in place of the subject"
+        f"{type(model).__name__} looks its tokens up a second time, beside its input embedding: there corrupted runs "
+        f"see token {token} in place of the subject"
     )
 
 
