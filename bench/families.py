@@ -144,7 +144,12 @@ def _job(anatomy: Anatomy) -> Job:
     ids = torch.arange(11, 11 + 5 * N_POSITIONS, 5)
     sigma = sigma_of("s3", anatomy.embedding, [ids[slice(*SPAN)].tolist()], anatomy.device)
     cells = tuple(cell for s in anatomy.streams for cell in grid_cells(s, WINDOW, anatomy.n_layers, N_POSITIONS))
-    return Job(ids, draw(SPAN, anatomy.d_model, sigma=sigma, samples=SAMPLES, seed=1), cells, None)
+    return Job(
+        ids,
+        draw(SPAN, anatomy.d_model, sigma=sigma, samples=SAMPLES, seed=1, neutral=anatomy.neutral_token),
+        cells,
+        None,
+    )
 
 
 def _run(engine: str, anatomy: Anatomy, job: Job) -> np.ndarray:

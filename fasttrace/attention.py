@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -138,7 +139,7 @@ def ragged_attention(anatomy: Anatomy, state: PackState) -> Iterator[None]:
             for module in filter(None, methods):
                 stack.enter_context(replaced_method(module, "_attn", partial(_attend_by_method, module._attn)))
         else:
-            state.implementation = safe_implementation(anatomy.model)
+            state.implementation = safe_implementation(anatomy)
             stack.enter_context(implementation_set(anatomy, NAME))
         yield
 
@@ -165,12 +166,19 @@ def implementation_set(anatomy: Anatomy, name: str) -> Iterator[None]:
             config._attn_implementation_internal = implementation
 
 
-def safe_implementation(model: PreTrainedModel) -> str:
-    """The implementation whose arithmetic the groups are computed with: the model's, if it takes any mask."""
-    chosen = model.config._attn_implementation
+def safe_implementation(anatomy: Anatomy) -> str:
+    """The implementation whose arithmetic the groups are computed with: the model's, if it takes any mask.
+
+    Flash and flex attention know soft caps and sinks as eager functions do, and sdpa does not.
+    """
+    chosen = anatomy.model.config._attn_implementation
     if chosen in ("eager", "sdpa"):
         return chosen
-    safe = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+    eager = [_arithmetic(mixer, "eager") for mixer in anatomy.parts.mixers if mixer is not None]
+    has_caps = any(function is not None and "softcap" in signature(function).parameters for function in eager)
+    has_sinks = any(getattr(mixer, "sinks", None) is not None for mixer in anatomy.parts.mixers)
+    fits = getattr(anatomy.model, "_supports_sdpa", False) and not has_caps and not has_sinks
+    safe = "sdpa" if fits else "eager"
     logger.info("attention %r takes no mask of a pack: tracing computes it with %r", chosen, safe)
     return safe
 
@@ -202,7 +210,8 @@ def _attend(
     function = _arithmetic(module, state.implementation)
     mask = _checked(state, module, query, key, attention_mask)
     if state.kernel is not None:
-        attended = state.kernel.attend(module, query, key, value, mask, kwargs)
+        heeded = {name: given for name, given in kwargs.items() if name not in _unheeded(function)}
+        attended = state.kernel.attend(module, query, key, value, mask, heeded)
         if attended is not None:
             return attended, None
     base_keys, base_values = state.base_states(key), state.base_states(value)
@@ -286,6 +295,18 @@ def _running() -> PackState:
 def _arithmetic(module: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Any]]:
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+
+
+@cache
+def _unheeded(function: Callable[..., tuple[Tensor, Any]]) -> frozenset[str]:
+    """Arguments that a kernel would heed, and that the pass's own function lets go by.
+
+    Until it was taught to refuse, transformers' sdpa took a soft cap and computed without: so Gemma 2 has none there.
+    Eager functions find sinks in their module, whatever they are called.
+    """
+    takes = signature(function).parameters
+    is_sdpa = function is ALL_ATTENTION_FUNCTIONS.get("sdpa")
+    return frozenset(({"softcap"} - takes.keys()) | ({"s_aux"} if is_sdpa else set()))
 
 
 def _rectangle(states: Tensor, start: int, n_sequences: int, length: int) -> Tensor:

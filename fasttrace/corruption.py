@@ -2,6 +2,10 @@
 
 The bits are those of the code published with Meng et al. (2022): a fresh generator per prompt, drawn and added
 in float64 and rounded once to the model's dtype. The same seed gives the same noise on every device.
+
+Some models look their tokens up a second time (`adapters/second_look.py`), where noise cannot reach: what is read
+there may be the number of an expert. There a corrupted run sees a neutral token in place of the subject, so that what
+is left of the subject is its noised embedding, as in any other model. The noise keeps its bits.
 """
 
 import math
@@ -18,19 +22,21 @@ from fasttrace.errors import PlanError
 
 @dataclass(frozen=True)
 class Corruption:
-    """What is added to the outputs of the embedding module.
+    """What is done to the subject of a prompt.
 
     Attributes:
-        span: tokens it is added to, half open.
+        span: tokens it is done to, half open.
         sigma: standard deviation of the noise, in units of the embedding outputs.
         seed: of numpy's RandomState.
-        noise: float64 [sample, position in span, d_model].
+        noise: float64 [sample, position in span, d_model], added to the outputs of the embedding module.
+        neutral: token id that stands for the subject wherever else the model looks; None: it looks nowhere else.
     """
 
     span: tuple[int, int]
     sigma: float
     seed: int
     noise: Tensor
+    neutral: int | None = None
 
     def part(self, samples: slice) -> "Corruption":
         """Some of the noise samples."""
@@ -40,12 +46,24 @@ class Corruption:
         """Embeddings [1 + sample, position, d_model] with row 0 kept clean and noise added to the others."""
         begin, end = self.span
         corrupted = embeddings.clone()
-        subject = corrupted[1:, begin:end]
-        subject.copy_(subject.to(torch.float64) + self.noise.to(embeddings.device))
+        clean = (
+            embeddings[1:] if self.neutral is None else embeddings[:1]
+        )  # the others' ids are no longer the subject's
+        subject = clean[:, begin:end].to(torch.float64)
+        corrupted[1:, begin:end].copy_(subject + self.noise.to(embeddings.device))
         return corrupted
 
+    def seen_elsewhere(self, ids: Tensor) -> Tensor:
+        """[position] token ids of a corrupted run as everything but the input embedding sees them."""
+        if self.neutral is None:
+            return ids
+        begin, end = self.span
+        return torch.cat((ids[:begin], torch.full_like(ids[begin:end], self.neutral), ids[end:]))
 
-def draw(span: tuple[int, int], d_model: int, *, sigma: float, samples: int, seed: int) -> Corruption:
+
+def draw(
+    span: tuple[int, int], d_model: int, *, sigma: float, samples: int, seed: int, neutral: int | None = None
+) -> Corruption:
     """Draws the noise of one prompt; its first k samples are those of a k-sample draw.
 
     Args:
@@ -54,6 +72,7 @@ def draw(span: tuple[int, int], d_model: int, *, sigma: float, samples: int, see
         sigma: standard deviation.
         samples: noise samples, >= 1.
         seed: 0 to 2**32 - 1.
+        neutral: see `Corruption`; a sigma of 0 corrupts nothing, there neither.
 
     Raises:
         PlanError: samples below 1, a sigma that is negative or not finite, a seed out of range.
@@ -65,7 +84,7 @@ def draw(span: tuple[int, int], d_model: int, *, sigma: float, samples: int, see
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise PlanError(f"seed is {seed!r}: it needs a whole number from 0 to 2**32 - 1")
     drawn = np.random.RandomState(seed).randn(samples, span[1] - span[0], d_model) * sigma
-    return Corruption(span, sigma, seed, torch.from_numpy(drawn))
+    return Corruption(span, sigma, seed, torch.from_numpy(drawn), neutral if sigma else None)
 
 
 def sigma_of(

@@ -1,7 +1,8 @@
 """What a plan costs, in counts that do not depend on the machine."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 
 from fasttrace.edits import Shape
 from fasttrace.plan import BlockPlan, Plan
@@ -43,14 +44,19 @@ class UnitWork:
     Attributes:
         attention: [block] the attention projections of one token.
         mlp: [block] the MLP of one token.
-        pair: scores and weighted values of one query-key pair, all heads of one block.
+        pair: [block] scores and weighted values of one query-key pair, all heads; one number if all blocks are alike.
         head: the language-model head for one token.
     """
 
     attention: tuple[int, ...]
     mlp: tuple[int, ...]
-    pair: int
+    pair: tuple[int, ...] | int
     head: int
+
+    def by_block(self) -> Iterator[tuple[int, int, int]]:
+        """(attention, MLP, pair) of each block."""
+        pairs = repeat(self.pair, len(self.mlp)) if isinstance(self.pair, int) else self.pair
+        return zip(self.attention, self.mlp, pairs, strict=True)
 
 
 def cost_of(plan: Plan, unit: UnitWork) -> Cost:
@@ -61,8 +67,8 @@ def cost_of(plan: Plan, unit: UnitWork) -> Cost:
         (block.n_tokens - n_base) * ATTENTION_SHARE + (_mlp_tokens(block) - n_base) * MLP_SHARE for block in plan.blocks
     )
     flops = sum(
-        block.n_tokens * attention + _mlp_tokens(block) * mlp + _pairs(block) * unit.pair
-        for block, attention, mlp in zip(plan.blocks, unit.attention, unit.mlp, strict=True)
+        block.n_tokens * attention + _mlp_tokens(block) * mlp + _pairs(block) * pair
+        for block, (attention, mlp, pair) in zip(plan.blocks, unit.by_block(), strict=True)
     )
     head_rows = plan.last_tokens.size + 1 + shape.samples
     return Cost(
@@ -78,10 +84,7 @@ def full_cost(shape: Shape, n_cells: int, unit: UnitWork) -> Cost:
     rows = n_cells * shape.samples
     token_blocks = float(rows * shape.n_layers * shape.n_positions)
     pairs = shape.n_positions * (shape.n_positions + 1) // 2
-    per_row = sum(
-        shape.n_positions * (attention + mlp) + pairs * unit.pair
-        for attention, mlp in zip(unit.attention, unit.mlp, strict=True)
-    )
+    per_row = sum(shape.n_positions * (attention + mlp) + pairs * pair for attention, mlp, pair in unit.by_block())
     return Cost(rows, token_blocks, token_blocks, (rows + 1 + shape.samples) * (per_row + unit.head))
 
 

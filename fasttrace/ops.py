@@ -98,11 +98,20 @@ def compiler_is_there(package: str) -> bool:
 
 
 @contextmanager
+def fused_attention(fuse: bool = True) -> Iterator[None]:
+    """While open, attention is one call a block where a kernel does it; all else stays the model's."""
+    token = _FUSING.set(fuse)
+    try:
+        yield
+    finally:
+        _FUSING.reset(token)
+
+
+@contextmanager
 def fused(anatomy: Anatomy, fuse: bool = True) -> Iterator[None]:
     """While open, modules with a faster equivalent use it; with fuse=False nothing changes."""
     with ExitStack() as stack:
-        token = _FUSING.set(fuse)
-        stack.callback(_FUSING.reset, token)
+        stack.enter_context(fused_attention(fuse))
         if fuse:
             if _takes_kernel_glue(anatomy):
                 from fasttrace.kernel_glue import fused_glue

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from fasttrace.adapters import Anatomy, module_paths
+from fasttrace.adapters.second_look import second_look_note
 from fasttrace.cells import Cell, grid_cells
 from fasttrace.corruption import draw
 from fasttrace.cost import Cost
@@ -57,7 +58,8 @@ class Sweep:
         Raises:
             PlanError: samples, sigma or seed cannot be used.
         """
-        noise = draw(prompt.span, self.anatomy.d_model, sigma=self.sigma, samples=self.samples, seed=self.seed)
+        drawn = {"sigma": self.sigma, "samples": self.samples, "seed": self.seed, "neutral": self.anatomy.neutral_token}
+        noise = draw(prompt.span, self.anatomy.d_model, **drawn)
         return Job(torch.tensor(prompt.token_ids), noise, self._cells(len(prompt.token_ids)), prompt.target_id)
 
     def _cells(self, n_positions: int) -> tuple[Cell, ...]:
@@ -103,7 +105,7 @@ class Sweep:
             **self.about,
             "prompt": prompt.text,
             "subject": prompt.subject,
-            "notes": [*self.about.get("notes", ()), *prompt.notes],
+            "notes": [*self.about.get("notes", ()), *prompt.notes, *self._second_look()],
             "sigma": self.sigma,
             "samples": self.samples,
             "seed": self.seed,
@@ -116,6 +118,11 @@ class Sweep:
             "self_check_error": self.choice.self_check_error,
             "versions": dict(versions()),
         }
+
+    def _second_look(self) -> list[str]:
+        """What the corrupted runs see beside noised embeddings, if anything."""
+        token = self.anatomy.neutral_token
+        return [] if token is None or not self.sigma else [second_look_note(self.anatomy.model, token)]
 
 
 @cache

@@ -1,5 +1,6 @@
 """Parts are found by rule or by path; what cannot be traced is refused with a sentence that says what to do."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -251,3 +252,20 @@ def test_every_engine_is_named_in_the_error_when_none_is_right(monkeypatch):
         monkeypatch.setitem(ENGINES, name, crash)
     with pytest.raises(EngineError, match=r"wavefront does not run.*fork does not.*rows does not.*reference does not"):
         select.choose(anatomy_of(zoo.tiny_model("gpt2")))
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("gemma4_text", (8, 16, 8, 16)), ("dots3_note_text", (8, 8, 12, 12)), ("llama", (8, 8, 8, 8))]
+)
+def test_heads_of_several_sizes_are_counted_block_by_block(name, sizes):
+    """Such a configuration has no single head_dim, and transformers raises where one is read."""
+    assert anatomy_of(zoo.tiny_model(name)).unit_work.pair == tuple(4 * 4 * size for size in sizes)
+
+
+@pytest.mark.parametrize("name", ["gemma4_text", "gemma4", "gemma4_unified", "dots3_note"])
+@pytest.mark.parametrize("engine", ["auto", "rows", "reference"])
+def test_a_model_whose_heads_have_several_sizes_is_traced_to_the_end(name, engine):
+    tracer = fasttrace.Tracer(zoo.tiny_model(name))
+    result = tracer.trace([5, 9, 13, 21, 34, 55, 60], subject=(0, 2), samples=2, window=3, engine=engine)
+    assert result.cost.flops > 0
+    assert np.ptp(result.grid("block_output")) > 1e-3

@@ -39,7 +39,8 @@ def case(name, dtype=torch.float32):
     ids = torch.randint(1, 60, (7,), generator=torch.Generator().manual_seed(3))
     sigma = sigma_of("s3", anatomy.embedding, [ids.tolist()], anatomy.device)
     cells = tuple(cell for stream in anatomy.streams for cell in grid_cells(stream, 3, anatomy.n_layers, 7))
-    job = Job(ids, draw((2, 4), anatomy.d_model, sigma=sigma, samples=2, seed=1), cells, None)
+    noise = draw((2, 4), anatomy.d_model, sigma=sigma, samples=2, seed=1, neutral=anatomy.neutral_token)
+    job = Job(ids, noise, cells, None)
     return anatomy, job, reference.run(anatomy, job, lambda: None, rows=len(cells) * 2)
 
 

@@ -46,6 +46,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4_text-wide": ("gemma4_text", {"use_double_wide_mlp": True}),
     "gemma4_text-experts": ("gemma4_text", {"enable_moe_block": True}),
     "gemma4_text-keys-as-values": ("gemma4_text", {"attention_k_eq_v": True, "num_global_key_value_heads": 1}),
+    "gemma3n_text-unshared": ("gemma3n_text", {"num_kv_shared_layers": 0}),
     **{name: (name, {}) for name in ("codegen", "gpt_bigcode", "qwen2_moe", "gemma4_text", "deepseek_v2")},
 }
 """Name -> type and settings of variants that take other paths through a family's code."""
@@ -255,6 +256,10 @@ def _redraw(model: PreTrainedModel) -> None:
                 tensor.copy_(drawn * tensor.shape[-1] ** -0.5)
             else:
                 tensor.add_(0.1 * drawn)
+        for name, experts in model.named_buffers():
+            if name.endswith("tid2eid"):  # token -> its experts: all zero until a checkpoint fills it
+                first = torch.randint(0, VALUES["num_experts"], (len(experts), 1), generator=generator)
+                experts.copy_((first + torch.arange(experts.shape[1])) % VALUES["num_experts"])
 
 
 def _tiny(config_class: type[PreTrainedConfig]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Adapters: the parts of a Hugging Face model that the engines touch, found by rules rather than by family."""
 
 import inspect
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,11 +17,14 @@ from transformers.models.auto.modeling_auto import (
 
 from fasttrace.adapters.inputs import InputAxes, input_axes
 from fasttrace.adapters.rules import Parts, find_parts
-from fasttrace.adapters.sizes import flops_of, width_of
+from fasttrace.adapters.second_look import N_TOKENS, looks_twice, neutral_token, second_look_note, words
+from fasttrace.adapters.sizes import config_of_block, flops_of, pair_flops, width_of
 from fasttrace.cost import UnitWork
 from fasttrace.errors import ModelError
 
 __all__ = ["Anatomy", "anatomy_of", "module_paths"]
+
+logger = logging.getLogger("fasttrace")
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,6 +169,17 @@ class Anatomy:
         return width_of(self.model.get_output_embeddings()) or self.config.vocab_size
 
     @cached_property
+    def neutral_token(self) -> int | None:
+        """What the model's other lookups see in place of the subject; None: the input embedding is the only one."""
+        vocabulary = getattr(self.config, "vocab_size", None) or self.vocabulary
+        ids = words(self.model, vocabulary, min(N_TOKENS, self.max_positions or N_TOKENS))
+        if not looks_twice(self.model, self.embedding, ids.to(self.device)):
+            return None
+        token = neutral_token(self.model, vocabulary)
+        logger.warning("%s", second_look_note(self.model, token))
+        return token
+
+    @cached_property
     def keeps_logits(self) -> bool:
         """Whether the model can be asked for the logits of some positions only."""
         return "logits_to_keep" in inspect.signature(self.model.forward).parameters
@@ -178,16 +193,14 @@ class Anatomy:
     @cached_property
     def unit_work(self) -> UnitWork:
         """Floating-point operations of each part, from the sizes of its weight matrices."""
-        heads = getattr(self.config, "num_attention_heads", 0)
-        heads = heads if isinstance(heads, int) else max(heads, default=0)
-        head_dim = getattr(self.config, "head_dim", None) or self.d_model // max(1, heads)
-        blocks = [flops_of(block, self.config) for block in self.blocks]
-        mixers = [flops_of(mixer, self.config) for mixer in self.parts.mixers]
+        configs = [config_of_block(self.config, number) for number in range(self.n_layers)]
+        blocks = [flops_of(block, config) for block, config in zip(self.blocks, configs, strict=True)]
+        mixers = [flops_of(mixer, config) for mixer, config in zip(self.parts.mixers, configs, strict=True)]
         return UnitWork(
             attention=tuple(mixers),
             mlp=tuple(block - mixer for block, mixer in zip(blocks, mixers, strict=True)),
-            pair=4 * heads * head_dim,
-            head=flops_of(self.model.get_output_embeddings(), self.config),
+            pair=tuple(pair_flops(config, self.d_model) for config in configs),
+            head=flops_of(self.model.get_output_embeddings()),
         )
 
 

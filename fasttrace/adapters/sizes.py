@@ -14,10 +14,29 @@ def width_of(module: nn.Module | None) -> int | None:
     return None
 
 
-def flops_of(module: nn.Module | None, config: Any) -> int:
+def config_of_block(config: Any, number: int) -> Any:
+    """The configuration of one block: its own where blocks differ, as with heads of two sizes, else that of all."""
+    return config.per_layer_config[number] if getattr(config, "is_heterogeneous", False) else config
+
+
+def pair_flops(config: Any, d_model: int) -> int:
+    """Floating-point operations of the scores and weighted values of one query-key pair, all heads of a block.
+
+    Args:
+        config: of the block.
+        d_model: width of the hidden state, which the heads share where they say no size.
+    """
+    heads = getattr(config, "num_attention_heads", 0)
+    heads = heads if isinstance(heads, int) else max(heads, default=0)
+    return 4 * heads * (getattr(config, "head_dim", None) or d_model // max(1, heads))
+
+
+def flops_of(module: nn.Module | None, config: Any = None) -> int:
     """Floating-point operations for one token, from the sizes of the weight matrices.
 
-    Of a mixture of experts, the share of the experts that one token visits.
+    Args:
+        module: any; None counts nothing.
+        config: of the block it is in. Of a mixture of experts the share counts that one token visits.
     """
     if module is None:
         return 0

@@ -38,8 +38,15 @@ class Job:
         return len(self.corruption.noise)
 
     def shape(self, n_layers: int) -> Shape:
-        """The counts a plan is compiled for."""
-        return Shape(n_layers, len(self.token_ids), self.corruption.span, self.samples)
+        """The counts a plan is compiled for.
+
+        A model that looks twice may read the subject at later tokens too, by n-grams: there embeddings differ up to the
+        end, in the planner's words.
+        """
+        n_positions, span = len(self.token_ids), self.corruption.span
+        if self.corruption.neutral is not None:
+            span = span[0], n_positions
+        return Shape(n_layers, n_positions, span, self.samples)
 
     def plan(self, n_layers: int, layout: Layout) -> Plan:
         """The compiled cells, from the cache after the first call."""
@@ -65,8 +72,12 @@ def pack_of_jobs(jobs: Sequence[Job], n_layers: int, layout: Layout) -> Pack:
 def base_ids(jobs: Sequence[Job]) -> Tensor:
     """int64 [base row, width] tokens of the base rows, short prompts filled up with their last token."""
     width = max(len(job.token_ids) for job in jobs)
-    rows = [torch.cat((job.token_ids, job.token_ids[-1:].expand(width - len(job.token_ids)))) for job in jobs]
-    return torch.cat([row.expand(1 + job.samples, -1) for row, job in zip(rows, jobs, strict=True)])
+
+    def filled(ids: Tensor) -> Tensor:
+        return torch.cat((ids, ids[-1:].expand(width - len(ids))))
+
+    rows = [(filled(job.token_ids), filled(job.corruption.seen_elsewhere(job.token_ids)), job.samples) for job in jobs]
+    return torch.cat([torch.cat((clean[None], seen.expand(samples, -1))) for clean, seen, samples in rows])
 
 
 def corrupted(jobs: Sequence[Job], embeddings: Tensor) -> Tensor:

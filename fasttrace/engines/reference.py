@@ -72,7 +72,9 @@ def _pass(
     """One forward pass: the values it was asked to record, and next-token distributions [row, vocab]."""
     recorded: Values = {}
     with ExitStack() as stack:
-        stack.enter_context(output_hook(anatomy.embedding, partial(_corrupted, job, runs)))
+        looks_twice = job.corruption.neutral is not None
+        prompt = anatomy.embedding(job.token_ids[None].to(anatomy.device)) if looks_twice else None
+        stack.enter_context(output_hook(anatomy.embedding, partial(_corrupted, job, runs, prompt)))
         for place in wanted:
             _at(stack, anatomy, len(runs), *place, lambda x, place=place: recorded.__setitem__(place, x.clone()))
         for row, (cell, sample) in enumerate(runs):
@@ -80,18 +82,21 @@ def _pass(
                 base_row = 0 if edit.source == "clean" else 1 + (sample or 0)
                 value = known[edit.site, edit.layer][base_row, edit.position]
                 _at(stack, anatomy, len(runs), edit.site, edit.layer, partial(_overwritten, row, edit, value))
-        ids = job.token_ids.to(anatomy.device).expand(len(runs), -1)
+        seen = job.corruption.seen_elsewhere(job.token_ids)
+        ids = torch.stack([job.token_ids if sample is None else seen for _, sample in runs]).to(anatomy.device)
         logits = anatomy.model(input_ids=ids, use_cache=False).logits
     return recorded, distributions(logits[:, -1])
 
 
-def _corrupted(job: Job, runs: Sequence[Run], embeddings: Tensor) -> Tensor:
+def _corrupted(job: Job, runs: Sequence[Run], prompt: Tensor | None, embeddings: Tensor) -> Tensor:
+    """Noise on the subject's embeddings; `prompt` has them where the runs' own ids are a neutral token's."""
     begin, end = job.corruption.span
     embeddings = embeddings.clone()
     for row, (_, sample) in enumerate(runs):
         if sample is not None:
+            subject = (embeddings[row] if prompt is None else prompt[0])[begin:end]
             noise = job.corruption.noise[sample].to(embeddings.device)
-            embeddings[row, begin:end] = (embeddings[row, begin:end].double() + noise).to(embeddings.dtype)
+            embeddings[row, begin:end] = (subject.double() + noise).to(embeddings.dtype)
     return embeddings
 
 

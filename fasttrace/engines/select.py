@@ -18,9 +18,10 @@ from fasttrace.adapters.families import NOT_PACKED
 from fasttrace.cells import Cell, Edit, window_of
 from fasttrace.corruption import draw, sigma_of
 from fasttrace.engines import ENGINES, PACKING, reference
+from fasttrace.engines.in_float32 import can_be_widened, difference_in_float32
 from fasttrace.engines.job import Job
 from fasttrace.errors import EngineError, FasttraceError
-from fasttrace.ops import fused
+from fasttrace.ops import fused, fused_attention
 from fasttrace.readout import Scores
 
 logger = logging.getLogger("fasttrace")
@@ -212,8 +213,29 @@ def _compare(anatomy: Anatomy, checks: _Checks, name: str, fuse: bool) -> tuple[
     except _RAISED as raised:
         return f"does not run ({type(raised).__name__}: {_first_line(raised)})", None
     if error <= tolerance:
-        return None, error
+        return _problem_in_float32(anatomy, checks.job, name, fuse), error
     return f"differs from plain forward passes by {error:.1e} in log-probability (allowed {tolerance:.0e})", error
+
+
+def _problem_in_float32(anatomy: Anatomy, job: Job, name: str, fuse: bool) -> str | None:
+    """What is wrong with an engine that half precision lets pass: in float32 a difference is no rounding."""
+    if not can_be_widened(anatomy):
+        return None
+    try:
+        with fused_attention(fuse):
+            error = difference_in_float32(
+                anatomy, lambda: ENGINES[name](anatomy, job, _no_tick), lambda: _plain_passes(anatomy, job)
+            )
+    except _RAISED as raised:
+        logger.info("engine %s was not checked in float32 (%s)", name, _first_line(raised))
+        return None
+    tolerance = TOLERANCE[torch.float32]
+    if error <= tolerance:
+        return None
+    return (
+        f"does not compute what plain forward passes do: with both in float32 it differs by {error:.1e} in "
+        f"log-probability (allowed {tolerance:.0e})"
+    )
 
 
 def _compare_shared(anatomy: Anatomy, checks: _Checks, engine: str, fuse: bool) -> str | None:
@@ -260,7 +282,7 @@ def _check_job(anatomy: Anatomy, n_positions: int = 6) -> Job:
     ids = (torch.arange(n_positions) * 1013 + 7) % anatomy.vocabulary
     span = (min(1, n_positions - 1), min(3, n_positions))
     sigma = sigma_of("s10", anatomy.embedding, [ids[slice(*span)].tolist()], anatomy.device)
-    corruption = draw(span, anatomy.d_model, sigma=sigma, samples=2, seed=0)
+    corruption = draw(span, anatomy.d_model, sigma=sigma, samples=2, seed=0, neutral=anatomy.neutral_token)
     return Job(ids, corruption, tuple(_check_cells(anatomy, n_positions, span)), target=None)
 
 
