@@ -36,6 +36,7 @@ from fasttrace.cli_options import (
     Seed,
     Stream,
     TokenBudget,
+    TrustRemoteCode,
     Window,
     module_paths,
     number_or_text,
@@ -144,6 +145,7 @@ def trace(
     module: Modules = None,
     device_map: DeviceMap = None,
     offload_folder: OffloadFolder = None,
+    trust_remote_code: TrustRemoteCode = False,
     out: Annotated[Path | None, typer.Option(help="Folder for figure, CSV files and parquet.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, nothing else.")] = False,
     overwrite: Overwrite = False,
@@ -160,7 +162,7 @@ def trace(
         "first_target_token": first_target_token,
     }
     loading = {"dtype": dtype, "revision": revision, "modules": module_paths(module)}
-    loading |= {"device_map": device_map, "offload_folder": offload_folder}
+    loading |= {"device_map": device_map, "offload_folder": offload_folder, "trust_remote_code": trust_remote_code}
     if out is not None:
         outputs.check_folder(out, _wanted(model, prompt, request, loading, ids=ids), overwrite)
     subjects = None if noise_subjects is None else read_subjects(noise_subjects)
@@ -199,11 +201,13 @@ def info(
     module: Modules = None,
     device_map: DeviceMap = None,
     offload_folder: OffloadFolder = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show versions, devices and the dtype each gets; of a model its parts, its engine, and why that one."""
     typer.echo(summary.table(environment.rows()))
     if model is not None:
         places = {"device": device, "device_map": device_map, "offload_folder": offload_folder}
+        places["trust_remote_code"] = trust_remote_code
         tracer = _load(model, dtype=dtype, revision=revision, modules=module_paths(module), **places)
         typer.echo(summary.table(environment.model_rows(tracer)))
 
@@ -215,6 +219,7 @@ def verify(
     device: Device = "auto",
     engine: Engine = "auto",
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     tolerance: Annotated[float, typer.Option(help="Relative error of p up to which the numbers agree.")] = 1e-3,
     out: Annotated[Path | None, typer.Option(help="Folder for figure, CSV files and parquet.")] = None,
     overwrite: Overwrite = False,
@@ -231,7 +236,7 @@ def verify(
     }
     if out is not None:
         outputs.check_folder(out, _wanted(model, case.prompt, request, {"dtype": dtype}), overwrite)
-    tracer = _load(model, dtype=dtype, device=device, revision=revision)
+    tracer = _load(model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code)
     result = _trace(tracer, case.prompt, engine=engine, **request)
     typer.echo(summary.result_text(result))
     typer.echo("\n" + summary.comparison_text(result, tolerance))
