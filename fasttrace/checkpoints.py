@@ -4,17 +4,14 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import nn
-from transformers.utils import find_adapter_config_file
 
 from fasttrace.errors import ModelError
 
@@ -29,15 +26,17 @@ TRUST = (
     "it runs only with trust_remote_code=True (--trust-remote-code), and can then do whatever you can; read it first"
 )
 
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
+
 QUIETLY: dict[str, Any] = {
     "_raise_exceptions_for_missing_entries": False,
     "_raise_exceptions_for_connection_errors": False,
 }
 """For transformers' `cached_file`: None for a file that a model does not have."""
 
-COUNTS = re.compile(r"(layer|block|expert|head|codebook|stage)s?$")
+COUNTS = re.compile(r"(layer|block|expert|head|codebook|stage|label)s?$")
 MOST = 10_000
-"""Largest number of layers, experts and the like: a module is built for each, so a wrong number takes hours."""
+"""Largest number of layers, experts and the like: something is made for each, so a wrong number takes hours."""
 
 RECOMPUTED = re.compile(
     r"(rotary\w*|rope)\.inv_freq$|\.(attn|attention|self_attn|self_attention)\.(bias|masked_bias|causal_mask)$"
@@ -51,17 +50,9 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: the file is not there, is not JSON, or holds something else.
     """
-    where = f"{path.name} in {path.parent}"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{where} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        reason = what_is_wrong(path) or f"is not JSON ({first_line(error)}): fetch the file again"
-        raise ModelError(f"{where} {reason}") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{where} holds {type(found).__name__} {found!r:.40}, expected an object: fetch it again")
-    return found
+    if wrong := what_is_wrong(path):
+        raise ModelError(f"{path.name} in {path.parent} {wrong}")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def check_folder(folder: Path) -> None:
@@ -79,44 +70,6 @@ def check_folder(folder: Path) -> None:
         if gguf:
             raise ModelError(f"{folder} holds {gguf[0]}: {GGUF}")
         raise ModelError(f"{folder} is a folder without {CONFIG}: give the folder that save_pretrained wrote")
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """What a PEFT adapter says of its base model: id or folder, and the revision."""
-
-    base: str
-    base_revision: str | None
-
-
-def adapter_of(source: str, revision: str | None) -> Adapter | None:
-    """The base model of a PEFT adapter; None where the source is a whole model.
-
-    Raises:
-        ModelError: the folder cannot be read, holds adapter and model at once, or names no base model; peft is missing.
-    """
-    folder = Path(source)
-    if folder.is_dir():
-        check_folder(folder)
-    path = find_adapter_config_file(source, revision=revision)
-    if path is None:
-        return None
-    if any(not file.name.startswith("adapter_") for file in _weight_files(folder)):
-        raise ModelError(
-            f"{source} holds a model and an adapter ({ADAPTER_CONFIG}): give the adapter's files a folder of their "
-            "own to trace with it, or take them away to trace without it"
-        )
-    settings = read_json(Path(path))
-    base, base_revision = settings.get("base_model_name_or_path"), settings.get("revision")
-    if not isinstance(base, str) or not base:
-        raise ModelError(f"{ADAPTER_CONFIG} of {source} names no base model: write it there as base_model_name_or_path")
-    if find_spec("peft") is None:
-        raise ModelError(f"{source} is an adapter of {base} and needs the package peft: pip install peft")
-    if os.path.isdir(base) and not (Path(base) / CONFIG).is_file():
-        raise ModelError(
-            f"{base}, the base model of the adapter {source}, is a folder without {CONFIG}: give a whole model"
-        )
-    return Adapter(base, base_revision if isinstance(base_revision, str) else None)
 
 
 def check_config(config: Mapping[str, Any], name: str, *, trusted: bool) -> None:
@@ -160,8 +113,10 @@ def check_size(skeleton: nn.Module, name: str, itemsize: int, *, quantized: bool
         spread: weights may stay on disk.
     """
     weights = sum(parameter.numel() for parameter in skeleton.parameters())
-    stored = sum(path.stat().st_size for path in _weight_files(Path(name)))
+    stored = sum(path.stat().st_size for path in weight_files(Path(name)))
     if stored and weights > stored * (16 if quantized else 2):  # a byte a weight, some counted twice as they are tied
+        if damage := damaged_file(Path(name)):
+            raise ModelError(f"{name} cannot be loaded: {damage}")
         raise ModelError(
             f"{CONFIG} of {name} describes {weights:,} weights, and its files have {stored:,} bytes: one of them is "
             "another model's, or cut short"
@@ -193,18 +148,10 @@ def check_weights(name: str, model: nn.Module, info: Mapping[str, Any]) -> None:
         info: what transformers says of its loading: keys that are missing, unexpected, mismatched.
     """
     buffers = {path for path, _ in model.named_buffers()}
-    missing = sorted(key for key in info["missing_keys"] if not RECOMPUTED.search(key))
-    unexpected = sorted(key for key in info["unexpected_keys"] if key not in buffers and not RECOMPUTED.search(key))
-    shapes = sorted((key, *map(list, both)) for key, *both in info["mismatched_keys"])
-    said = []
-    if missing:
-        said.append(f"{len(missing)} are not in its files ({_few(missing)})")
-    if shapes:
-        few = _few([f"{key}: {stored}, expected {expected}" for key, stored, expected in shapes])
-        said.append(f"{len(shapes)} have another shape there ({few})")
-    if unexpected:
-        said.append(f"{len(unexpected)} in its files have no place in the model ({_few(unexpected)})")
-    said += [first_line(text) for text in info.get("error_msgs") or ()]
+    missing = [key for key in info["missing_keys"] if not RECOMPUTED.search(key)]
+    unexpected = [key for key in info["unexpected_keys"] if key not in buffers and not RECOMPUTED.search(key)]
+    shapes = [f"{key}: {list(stored)}, expected {list(own)}" for key, stored, own in info["mismatched_keys"]]
+    said = differences(missing, unexpected, shapes) + [first_line(text) for text in info.get("error_msgs") or ()]
     if said:
         raise ModelError(
             f"the weights of {name} are not those of a {type(model).__name__}: {'; '.join(said)}. "
@@ -213,54 +160,67 @@ def check_weights(name: str, model: nn.Module, info: Mapping[str, Any]) -> None:
         )
 
 
+def differences(missing: Iterable[str], unexpected: Iterable[str], shapes: Iterable[str] = ()) -> list[str]:
+    """Between weights in files and weights of a model, in words: how many, and the first few."""
+    kinds = (
+        (sorted(missing), "not in its files"),
+        (sorted(shapes), "of another shape there"),
+        (sorted(unexpected), "in its files without a place in the model"),
+    )
+    return [f"{_count(keys)} {what} ({_few(keys)})" for keys, what in kinds if keys]
+
+
+def _count(keys: Sized) -> str:
+    return f"{len(keys)} {'is' if len(keys) == 1 else 'are'}"
+
+
 def _few(keys: list[str], most: int = 3) -> str:
     more = f", and {len(keys) - most} more" if len(keys) > most else ""
     return ", ".join(keys[:most]) + more
 
 
 @contextmanager
-def report_kept() -> Iterator[list[str]]:
-    """Takes transformers' table of missing weights from its log: `check_weights` says it in one sentence."""
-    kept: list[str] = []
+def report_dropped() -> Iterator[None]:
+    """Keeps transformers' table of missing weights out of its log: `check_weights` says it in one sentence."""
 
-    def keep(record: logging.LogRecord) -> bool:
-        is_report = "LOAD REPORT" in record.getMessage()
-        if is_report:
-            kept.append(record.getMessage())
-        return not is_report
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
 
-    loggers = [logging.getLogger(f"transformers.{module}") for module in ("modeling_utils", "integrations.peft")]
-    for logger in loggers:
-        logger.addFilter(keep)
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_other)
     try:
-        yield kept
+        yield
     finally:
-        for logger in loggers:
-            logger.removeFilter(keep)
+        logger.removeFilter(is_other)
 
 
 def damaged_file(folder: Path) -> str | None:
     """The first file of a model's folder that cannot be read, and why; to be asked once loading has failed."""
-    for path in _weight_files(folder):
+    settings = [path for path in (folder / "generation_config.json", *folder.glob("*.index.json")) if path.is_file()]
+    for path in (*weight_files(folder), *settings):
         if reason := what_is_wrong(path):
             return f"{path.name} in {folder} {reason}"
     for index in folder.glob("*.index.json"):
-        shards = set(map(str, dict(read_json(index).get("weight_map") or {}).values()))
-        if lost := sorted(shard for shard in shards if not (folder / shard).is_file()):
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            return f"{index.name} in {folder} has no weight_map from weights to files: fetch it again"
+        if lost := sorted(shard for shard in set(shards.values()) if not (folder / shard).is_file()):
             return f"{index.name} in {folder} names {lost[0]}, which is not there: fetch the model again"
+    if not weight_files(folder) and (gguf := sorted(folder.glob("*.gguf"))):
+        return f"{folder} holds {gguf[0].name}: {GGUF}"
     return None
 
 
-def damaged_text(folder: Path) -> str | None:
+def damaged_tokenizer(folder: Path) -> str | None:
     """The same among the files of a tokenizer."""
-    names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model")
-    for path in (folder / name for name in names):
-        if path.is_file() and (reason := what_is_wrong(path)):
-            return f"{path.name} {reason}"
-    return None
+    found = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not found:
+        return "none of its files is there"
+    wrong = ((path.name, what_is_wrong(path)) for path in found)
+    return next((f"{name} {reason}" for name, reason in wrong if reason), None)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """Files that hold weights: safetensors, and where there are none, pickles; none for an id."""
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
 
@@ -274,11 +234,18 @@ def what_is_wrong(path: Path) -> str | None:
             return "is empty: fetch it again"
         if start == POINTER:
             return "is a Git LFS pointer and not the file itself: run git lfs pull there"
-        if path.suffix == ".safetensors":
-            return _wrong_safetensors(path)
-        return _wrong_pickle(path) if path.suffix == ".bin" else None
+        check = {".safetensors": _wrong_safetensors, ".bin": _wrong_pickle, ".json": _wrong_json}.get(path.suffix)
+        return check and check(path)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
+
+
+def _wrong_json(path: Path) -> str | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        return f"is not JSON ({first_line(error)}): fetch it again"
+    return None if isinstance(found, dict) else f"holds {found!r:.40}, expected an object: fetch it again"
 
 
 def _wrong_safetensors(path: Path) -> str | None:
@@ -299,16 +266,19 @@ def _wrong_pickle(path: Path) -> str | None:
     except OSError:
         raise
     except Exception as error:
-        is_archive = "weights_only" not in str(error)
-        what = (
-            "is damaged or cut short" if is_archive else "is a pickle with more than weights in it, and is not opened"
-        )
-        return f"{what} ({first_line(error)}): fetch it again, or save it as safetensors"
+        if "eights only load failed" not in str(error):
+            return f"is damaged or cut short ({first_line(error)}): fetch it again"
+        found = re.search(r"(?<=GLOBAL )[\w.]+", str(error))
+        what = found[0] if found else "which could be code"
+        return f"holds more than weights ({what}) and is not opened: get the model as safetensors"
 
 
-def first_line(error: object, most: int = 300) -> str:
-    """An error's first line, or its type where it says nothing; cut where it is long."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+def first_line(error: object, most: int = 200) -> str:
+    """An error's first line, with its kind where the words say little without; cut where it is long."""
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines() if line.strip()]
+    line = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    if not line or (isinstance(error, Exception) and not isinstance(error, (OSError, ValueError, RuntimeError))):
+        line = f"{type(error).__name__}: {line}".rstrip(": ")
     return line if len(line) <= most else line[: most - 3] + "..."
 
 

@@ -17,6 +17,7 @@ from fasttrace.checkpoints import first_line
 from fasttrace.errors import ModelError
 from fasttrace.loading_errors import explained, is_failure, wants_trust
 from fasttrace.model_arguments import checked_name
+from fasttrace.peft_adapters import adapter_of, add_adapter
 
 logger = logging.getLogger("fasttrace")
 
@@ -50,7 +51,9 @@ def choose_device(device: str | torch.device) -> torch.device:
         try:
             torch.empty(0, device=chosen)
         except Exception as error:
-            raise ModelError(f"device {str(device)!r} is not there ({first_line(error)}); give device='cpu'") from error
+            raise ModelError(
+                f"device {str(device)!r} is not there ({first_line(error, 80)}); give device='cpu'"
+            ) from error
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ModelError(
             f"device {str(device)!r} is not there: torch sees {torch.cuda.device_count()} GPUs; give device='cpu'"
@@ -117,13 +120,14 @@ def load(
         logger.warning("%s is a local folder and has no revisions; revision %r is not looked for", name, revision)
     files = {"revision": revision, "trust_remote_code": trust_remote_code}
     with explained(name, source, revision):
-        adapter = checkpoints.adapter_of(source, revision)
+        adapter = adapter_of(source, revision)
     if adapter is None:
         model = _model_of(name, source, files, place)
         return _ready(model), _tokenizer_of(source, files)
-    base, base_files = adapter.base, files | {"revision": adapter.base_revision}
+    base, base_files = adapter.base, files | {"revision": adapter.revision}
     model = _model_of(f"{base}, the base model of the adapter {name},", base, base_files, place)
-    _add_adapter(model, name, source, revision)
+    with explained(name, source, revision):
+        model = add_adapter(model, name, source, revision)
     own = cached_file(source, "tokenizer_config.json", revision=revision, **checkpoints.QUIETLY)
     tokenizer = _tokenizer_of(base, base_files) if own is None else _tokenizer_of(source, files, config=model.config)
     return _ready(model), tokenizer
@@ -145,7 +149,7 @@ def _model_of(name: str, source: str, files: dict[str, Any], place: dict[str, An
             itemsize = place["dtype"].itemsize
             checkpoints.check_size(skeleton, source, itemsize, quantized=quantized, spread=spread)
         asked = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which would not be named otherwise
-        with checkpoints.report_kept():
+        with checkpoints.report_dropped():
             loaded = AutoModelForCausalLM.from_pretrained(source, **files, **place, **asked)
         if not isinstance(loaded, tuple):
             raise ModelError(f"the code of {name} does not say which weights it found: Tracer(model) takes it loaded")
@@ -169,17 +173,6 @@ def _skeleton(config: Any, trust_remote_code: bool) -> nn.Module | None:
         return None
 
 
-def _add_adapter(model: Any, name: str, source: str, revision: str | None) -> None:
-    """Puts a PEFT adapter's modules into its base model."""
-    with explained(name, source, revision), checkpoints.report_kept() as reports:
-        asked = {"ignore_mismatched_sizes": True, "adapter_kwargs": {"revision": revision} if revision else {}}
-        info = model.load_adapter(source, **asked)
-        if info is not None:
-            checkpoints.check_weights(name, model, info.to_dict())
-        elif reports:  # transformers before 5.5 says no more
-            raise ModelError(f"the weights of the adapter {name} do not fit its base model: fetch both again")
-
-
 def _ready(model: nn.Module) -> nn.Module:
     """In evaluation mode, and with outputs by name, which engines read, whatever the configuration says."""
     for module in model.modules():
@@ -199,7 +192,7 @@ def _place(device: Any, device_map: Any, max_memory: Any, offload_folder: Any) -
     if device != "auto":
         raise ModelError(f"device is {str(device)!r}, and device_map names devices too; give one of them")
     if offload_folder is not None:
-        _make_folder(Path(offload_folder))
+        _make_folder(offload_folder)
     if max_memory is not None and not isinstance(max_memory, Mapping):
         raise ModelError(
             f"max_memory is {max_memory!r}, expected memory by device, such as {{0: '20GiB', 'cpu': '60GiB'}}"
@@ -224,11 +217,14 @@ def _computing_device(device_map: Any, max_memory: Any) -> torch.device:
     return computing[0] if computing else torch.device("cpu")
 
 
-def _make_folder(folder: Path) -> None:
+def _make_folder(folder: Any) -> None:
+    if not isinstance(folder, (str, os.PathLike)):
+        raise ModelError(f"offload_folder is {folder!r}, expected the path of a folder")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ModelError(f"offload_folder {str(folder)!r} cannot be made: {error.strerror}") from error
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ModelError(f"offload_folder {str(folder)!r} cannot be made: {reason}") from error
 
 
 def _check_covers(device_map: Mapping[str, Any], model: nn.Module) -> None:
@@ -272,7 +268,7 @@ def _tokenizer_of(source: str, files: dict[str, Any], **more: Any) -> Any:
         if not is_failure(error):
             raise
         folder = checkpoints.folder_of(source, files["revision"])
-        damage = folder and checkpoints.damaged_text(folder)
+        damage = folder and checkpoints.damaged_tokenizer(folder)
         if damage and "Git LFS" in damage:
             raise ModelError(f"{damage} ({folder})") from error
         reason = f"it comes with code, and {checkpoints.TRUST}" if wants_trust(error) else damage or first_line(error)

@@ -52,27 +52,26 @@ def _advice(name: str, source: str, revision: str | None, error: BaseException) 
     folder = folder_of(source, revision)
     if folder is not None and (damage := damaged_file(folder)):
         return f"{name} cannot be loaded: {damage}"
-    if not os.path.isdir(source) and (missing := _not_fetched(source, revision, error)):
+    if not os.path.isdir(source) and (missing := _not_fetched(name, source, revision, error)):
         return missing
-    if not isinstance(error, (OSError, ValueError, RuntimeError)):  # whose words say little without their kind
-        reason = f"{type(error).__name__}: {reason}"
     return f"{name} cannot be loaded: {reason}"
 
 
-def _not_fetched(name: str, revision: str | None, error: BaseException) -> str | None:
+def _not_fetched(name: str, source: str, revision: str | None, error: BaseException) -> str | None:
     """Why the files of an id are not here; None where they are."""
     kinds = {type(cause).__name__ for cause in chain_of(error)}
     if "GatedRepoError" in kinds or "gated repo" in str(error):
         return (
-            f"{name} is gated: accept its conditions at https://huggingface.co/{name}, then log in with `hf auth "
+            f"{name} is gated: accept its conditions at https://huggingface.co/{source}, then log in with `hf auth "
             "login` or set HF_TOKEN"
         )
     if "RevisionNotFoundError" in kinds:
         return f"{name} has no revision {revision!r}; give a branch, a tag or a commit of its page"
     is_found = "EntryNotFoundError" in kinds
     if isinstance(error, OSError) and error.errno is None and not is_found:  # a full disk's has a number
+        what = f"model {name!r}" if name == source else name
         return (
-            f"model {name!r} is not a local folder with a model, not in the local cache, and cannot be fetched; "
-            f"check the name and the network, or use the embedded model 'smollm2'"
+            f"{what} is not a local folder with a model, not in the local cache, and cannot be fetched; check the name "
+            "and the network, or use the embedded model 'smollm2'"
         )
     return None

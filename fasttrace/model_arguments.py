@@ -91,6 +91,6 @@ def _wrapping(module: Any) -> str | None:
 def explain_call(model: nn.Module, error: Exception) -> str:
     """Why a model that was called on token ids alone failed."""
     return (
-        f"{type(model).__name__} fails on plain token ids ({type(error).__name__}: {first_line(error)}); a model that "
+        f"{type(model).__name__} fails on plain token ids ({first_line(error)}); a model that "
         "needs images or other inputs cannot be traced, and a configuration that does not fit the weights fails so too"
     )

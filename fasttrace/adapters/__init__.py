@@ -180,7 +180,8 @@ class Anatomy:
         """Floating-point operations of each part, from the sizes of its weight matrices."""
         heads = getattr(self.config, "num_attention_heads", 0)
         heads = heads if isinstance(heads, int) else max(heads, default=0)
-        head_dim = getattr(self.config, "head_dim", None) or self.d_model // max(1, heads)
+        head_dim = getattr(self.config, "head_dim", None)
+        head_dim = head_dim if isinstance(head_dim, int) and head_dim else self.d_model // max(1, heads)
         blocks = [flops_of(block, self.config) for block in self.blocks]
         mixers = [flops_of(mixer, self.config) for mixer in self.parts.mixers]
         return UnitWork(
