@@ -13,8 +13,10 @@ from fasttrace.cells import windows_of
 from fasttrace.corruption import sigma_of
 from fasttrace.engines.passes import Progress, run_in_passes
 from fasttrace.engines.select import EngineChoice, choose
+from fasttrace.errors import FasttraceError, ModelError
 from fasttrace.identity import identity_of, shown_name
 from fasttrace.loading import load
+from fasttrace.model_arguments import check_model, check_modules, checked_label, explain_call
 from fasttrace.ops import fused
 from fasttrace.prompts import Prompt, encode, subjects_of
 from fasttrace.results import TraceResult
@@ -33,6 +35,7 @@ class Tracer:
         model: a decoder-only Hugging Face model; fasttrace leaves it as it is.
         tokenizer: its tokenizer, or None if prompts are given as token ids.
         name, revision: what the results record.
+        trust_remote_code: code that came with the model was allowed to run; the results record that too.
     """
 
     def __init__(
@@ -58,18 +61,28 @@ class Tracer:
             fuse: compute with faster equivalents of the model's modules while a trace runs; see `fasttrace.ops`.
 
         Raises:
-            ModelError: not a decoder-only language model, parts that are not found, or no Hugging Face tokenizer.
+            ModelError: not a decoder-only language model, one inside a wrapper, parts that are not found, or no Hugging
+                Face tokenizer.
         """
+        check_model(model)
+        check_modules(modules)
+        name, self.revision = checked_label("name", name), checked_label("revision", revision)
         self.model, self.tokenizer, self.fuse = model, check_tokenizer(tokenizer), fuse
-        self._anatomy = anatomy_of(model, modules)
+        self.trust_remote_code = False
+        try:
+            self._anatomy = anatomy_of(model, modules)
+        except FasttraceError:
+            raise
+        except Exception as error:
+            raise ModelError(explain_call(model, error)) from error
         config: Any = model.config
-        self.name = _name_of(name, config.name_or_path or type(model).__name__)
-        self.revision = revision or getattr(config, "_commit_hash", None)
+        self.name = _name_of(name, str(getattr(config, "name_or_path", "") or type(model).__name__))
+        self.revision = self.revision or getattr(config, "_commit_hash", None)
 
     @classmethod
     def from_pretrained(
         cls,
-        name: str,
+        name: str | Path,
         *,
         dtype: str | torch.dtype = "auto",
         device: str = "auto",
@@ -79,11 +92,12 @@ class Tracer:
         device_map: str | Mapping[str, int | str] | None = None,
         max_memory: Mapping[int | str, int | str] | None = None,
         offload_folder: str | Path | None = None,
+        trust_remote_code: bool = False,
     ) -> "Tracer":
         """Loads a model.
 
         Args:
-            name: Hugging Face id, local folder, or "smollm2", the embedded model.
+            name: Hugging Face id, local folder (of a PEFT adapter too), or "smollm2", the embedded model.
             dtype: "auto" is float16 on a GPU and float32 on a CPU.
             device: "auto" is the first GPU if there is one.
             revision: of the Hugging Face repository.
@@ -92,13 +106,19 @@ class Tracer:
             device_map: for a model larger than the device: "auto" spreads it over GPUs, main memory and disk.
             max_memory: with a device map, the most to use of each device, such as {0: "20GiB", "cpu": "60GiB"}.
             offload_folder: with a device map, where weights that have to be rewritten are kept on disk.
+            trust_remote_code: run code that comes with the model, which can do whatever you can. Without it no such
+                code runs.
 
         Raises:
-            ModelError: the model cannot be found, read or traced; an unknown dtype or device.
+            ModelError: the model cannot be found, read or traced; its files lack weights, or have others than the
+                model; it comes with code; an unknown dtype or device.
         """
+        check_modules(modules)
         places = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
-        model, tokenizer = load(name, dtype, device, revision, **places)
-        return cls(model, tokenizer, name=shown_name(name), revision=revision, modules=modules, fuse=fuse)
+        model, tokenizer = load(name, dtype, device, revision, trust_remote_code=trust_remote_code, **places)
+        tracer = cls(model, tokenizer, name=shown_name(name), revision=revision, modules=modules, fuse=fuse)
+        tracer.trust_remote_code = trust_remote_code
+        return tracer
 
     @property
     def anatomy(self) -> Anatomy:
@@ -321,6 +341,7 @@ class Tracer:
             "revision": self.revision,
             "noise": noise if isinstance(noise, str) else float(noise),
             "fuse": self.fuse,
+            **({"trust_remote_code": True} if self.trust_remote_code else {}),
         }
         choice = self.choose_engine(engine)
         return Sweep(self._anatomy, self.tokenizer, windows, sigma, samples, seed, choice, about)

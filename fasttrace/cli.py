@@ -39,6 +39,7 @@ from fasttrace.cli_options import (
     Seed,
     Stream,
     TokenBudget,
+    TrustRemoteCode,
     Window,
     module_paths,
     number_or_text,
@@ -149,6 +150,7 @@ def trace(
     module: Modules = None,
     device_map: DeviceMap = None,
     offload_folder: OffloadFolder = None,
+    trust_remote_code: TrustRemoteCode = False,
     out: Annotated[Path | None, typer.Option(help="Folder for figure, CSV files and parquet.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, nothing else.")] = False,
     overwrite: Overwrite = False,
@@ -165,7 +167,7 @@ def trace(
         "first_target_token": first_target_token,
     }
     loading = {"dtype": dtype, "revision": revision, "modules": module_paths(module)}
-    loading |= {"device_map": device_map, "offload_folder": offload_folder}
+    loading |= {"device_map": device_map, "offload_folder": offload_folder, "trust_remote_code": trust_remote_code}
     wanted = _wanted(prompt, request, loading, ids=ids)
     if out is not None:
         outputs.check_folder(out, wanted, overwrite)
@@ -205,11 +207,13 @@ def info(
     module: Modules = None,
     device_map: DeviceMap = None,
     offload_folder: OffloadFolder = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show versions, devices and the dtype each gets; of a model its parts, its engine, and why that one."""
     typer.echo(summary.table(environment.rows()))
     if model is not None:
         places = {"device": device, "device_map": device_map, "offload_folder": offload_folder}
+        places["trust_remote_code"] = trust_remote_code
         tracer = _load(model, dtype=dtype, revision=revision, modules=module_paths(module), **places)
         typer.echo(summary.table(environment.model_rows(tracer)))
 
@@ -221,6 +225,7 @@ def verify(
     device: Device = "auto",
     engine: Engine = "auto",
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     tolerance: Annotated[float, typer.Option(help="Relative error of p up to which the numbers agree.")] = 1e-3,
     out: Annotated[Path | None, typer.Option(help="Folder for figure, CSV files and parquet.")] = None,
     overwrite: Overwrite = False,
@@ -238,7 +243,7 @@ def verify(
     wanted = _wanted(case.prompt, request, {"dtype": dtype})
     if out is not None:
         outputs.check_folder(out, wanted, overwrite)
-    tracer = _load(model, dtype=dtype, device=device, revision=revision)
+    tracer = _load(model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code)
     identity = _identity(tracer, out, wanted, overwrite)
     result = _trace(tracer, case.prompt, identity, engine=engine, **request)
     typer.echo(summary.result_text(result))

@@ -32,6 +32,9 @@ Modules = Annotated[
         "--module", help="Where a part is, e.g. attention=self_attn (embedding, blocks, attention, mlp, down)."
     ),
 ]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model; it can do whatever you can.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another run's files in the folder.")]
 Stream = Annotated[
     list[str] | None,
@@ -54,7 +57,7 @@ def tell(message: str) -> None:
 
 def load_model(model: str, *, say: bool = True, **options: Any) -> "Tracer":
     """A tracer by a model's name; see `Tracer.from_pretrained`."""
-    if model == embedded.MODEL_NAME:
+    if model == embedded.MODEL_NAME and not embedded.has_model():
         embedded.model_folder(progress=tell)
     if say:
         tell(f"loading {model}")

@@ -25,6 +25,7 @@ from fasttrace.cli_options import (
     Seed,
     Stream,
     TokenBudget,
+    TrustRemoteCode,
     Window,
     load_model,
     module_paths,
@@ -91,6 +92,7 @@ def run(
     module: Modules = None,
     device_map: DeviceMap = None,
     offload_folder: OffloadFolder = None,
+    trust_remote_code: TrustRemoteCode = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
     """Trace a set of facts into a folder; run it again to go on, under accelerate launch to use more devices."""
@@ -109,7 +111,7 @@ def run(
         check_answers(found)
     subjects = None if noise_subjects is None else read_subjects(noise_subjects)
     loading = {"dtype": dtype, "revision": revision, "modules": module_paths(module), "fuse": fuse}
-    loading |= {"device_map": device_map, "offload_folder": offload_folder}
+    loading |= {"device_map": device_map, "offload_folder": offload_folder, "trust_remote_code": trust_remote_code}
     device = ranks.device if device == "auto" and device_map is None else device
     tracer = ranks.in_turn(lambda: load_model(model, device=device, say=ranks.is_first, **loading))
     options = {"window": window, "noise": number_or_text(noise, float), "noise_subjects": subjects}

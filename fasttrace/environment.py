@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fasttrace import __version__, demo
+from fasttrace.errors import ModelError
 
 if TYPE_CHECKING:
     from fasttrace.api import Tracer
@@ -17,15 +18,18 @@ def rows() -> list[tuple[str, str]]:
     """Versions and devices, as (what, value)."""
     from fasttrace.loading import choose_device
 
-    cache = demo.cache_folder()
-    there = "there" if demo.has_model() else "not there yet; the first use fetches it (93 MB)"
+    try:
+        cache = str(demo.cache_folder())
+        there = "there" if demo.has_model() else "not there yet; the first use fetches it (93 MB)"
+    except ModelError as error:
+        cache, there = f"none: {error}", "not there"
     return [
         ("fasttrace", __version__),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
         *((package, _version(package)) for package in PACKAGES),
         *_device_rows(),
         ("device auto", str(choose_device("auto"))),
-        ("cache", str(cache)),
+        ("cache", cache),
         (demo.MODEL_NAME, there),
     ]
 

