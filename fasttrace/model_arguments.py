@@ -90,7 +90,12 @@ def _wrapping(module: Any) -> str | None:
 
 def explain_call(model: nn.Module, error: Exception) -> str:
     """Why a model that was called on token ids alone failed."""
+    kind, reason = type(model).__name__, first_line(error)
+    if "pixel" in reason or "image" in reason:
+        inside = getattr(model, "language_model", None)
+        advice = "; its language model can be: Tracer(model.language_model, tokenizer)" if inside is not None else ""
+        return f"{kind} needs images beside the tokens and cannot be traced ({reason}){advice}"
     return (
-        f"{type(model).__name__} fails on plain token ids ({first_line(error)}); a model that "
-        "needs images or other inputs cannot be traced, and a configuration that does not fit the weights fails so too"
+        f"{kind} fails on plain token ids ({reason}): it needs other inputs and cannot be traced, or its configuration "
+        "does not fit its weights"
     )
