@@ -211,9 +211,7 @@ def tokenizer_digests(tokenizer: Any) -> dict[str, str] | None:
 def _rules(tokenizer: Any) -> Any:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        return {
-            key: value for key, value in json.loads(backend.to_str()).items() if key not in ("padding", "truncation")
-        }
+        return json.loads(backend.to_str()) | {"padding": None, "truncation": None}
     paths = (getattr(tokenizer, name, None) for name in tokenizer.vocab_files_names)  # one that is written in Python
     files = [Path(path).read_bytes() for path in paths if isinstance(path, str) and os.path.isfile(path)]
     return [hashlib.sha256(content).hexdigest() for content in files]

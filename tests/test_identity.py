@@ -347,11 +347,9 @@ def test_an_added_token_counts(name):
 
 def test_merges_count_where_the_vocabulary_is_the_same():
     tokenizers = [byte_level(), byte_level()]
-    state = json.loads(tokenizers[1].backend_tokenizer.to_str())
-    state["model"]["merges"] = state["model"]["merges"][::-1]
-    tokenizers[1].backend_tokenizer.model = BPE(
-        state["model"]["vocab"], [tuple(each) for each in state["model"]["merges"]]
-    )
+    model = json.loads(tokenizers[1].backend_tokenizer.to_str())["model"]
+    merges = [tuple(merge) for merge in reversed(model["merges"])]
+    tokenizers[1].backend_tokenizer.model = BPE(model["vocab"], merges)
     assert "rules" in found(*map(tokenizer_digests, tokenizers))
 
 
