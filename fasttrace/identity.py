@@ -71,7 +71,7 @@ def identity_of(tracer: "Tracer") -> dict[str, Any]:
     Returns:
         weights: a digest of all bytes.
         config: the entries that a forward pass depends on.
-        tokenizer: a digest of its tables and rules; None without one.
+        tokenizer: digests of its vocabulary, its rules and what it makes of a text; None without one.
         modules: where the traced parts are.
         module_settings: a digest of what modules hold beside weights: epsilons, scales, which adapters are at work.
         hooks: those on the model's modules, by name: what they do cannot be told.
@@ -86,7 +86,7 @@ def identity_of(tracer: "Tracer") -> dict[str, Any]:
     return {
         "weights": weights_digest(model),
         "config": computed_config(model.config),
-        "tokenizer": tokenizer_digest(tracer.tokenizer),
+        "tokenizer": tokenizer_digests(tracer.tokenizer),
         "modules": _modules(anatomy),
         "module_settings": _digest(_settings(model)),
         "hooks": _hooks(model),
@@ -192,26 +192,29 @@ def _computed(values: Any) -> Any:
     return shown_name(values) if isinstance(values, str) and os.path.isabs(values) else values
 
 
-def tokenizer_digest(tokenizer: Any) -> str | None:
-    """SHA-256 over what a tokenizer does: its tables and rules, and what it makes of a text; None without one.
+def tokenizer_digests(tokenizer: Any) -> dict[str, str] | None:
+    """Digests of what a tokenizer does; None without one.
 
-    Chat templates, padding and truncation are left out: prompts have none of them.
+    Returns:
+        vocabulary; tokens, what is made of a text, with special tokens and without; and rules, merges and all other
+        tables, which a later version of transformers may write otherwise. Chat templates, padding and truncation are in
+        none of them: prompts have none.
     """
     if tokenizer is None:
         return None
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    tables = _slow_tables(tokenizer) if backend is None else json.loads(backend.to_str())
-    tables = {name: table for name, table in tables.items() if name not in ("padding", "truncation")}
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     probed = [list(tokenizer(PROBE, add_special_tokens=added)["input_ids"]) for added in (False, True)]
-    return _digest([tables, special, probed])
+    found = {"vocabulary": tokenizer.get_vocab(), "tokens": [special, probed], "rules": _rules(tokenizer)}
+    return {name: _digest([value]) for name, value in found.items()}
 
 
-def _slow_tables(tokenizer: Any) -> dict[str, Any]:
-    """The vocabulary, and the files that say how it is used, of a tokenizer written in Python."""
-    paths = (getattr(tokenizer, name, None) for name in tokenizer.vocab_files_names)
+def _rules(tokenizer: Any) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return json.loads(backend.to_str()) | {"padding": None, "truncation": None}
+    paths = (getattr(tokenizer, name, None) for name in tokenizer.vocab_files_names)  # one that is written in Python
     files = [Path(path).read_bytes() for path in paths if isinstance(path, str) and os.path.isfile(path)]
-    return {"vocabulary": tokenizer.get_vocab(), "files": [hashlib.sha256(content).hexdigest() for content in files]}
+    return [hashlib.sha256(content).hexdigest() for content in files]
 
 
 def _modules(anatomy: Anatomy) -> dict[str, Any]:

@@ -41,8 +41,8 @@ STORE_VERSION = 2
 VERSIONS = "versions"
 NOTED = ("model", "revision", "noise", VERSIONS)
 """What a fingerprint says for people: the model's digests and sigma decide."""
-OF_A_VERSION = "module_settings"
-"""What other versions of packages may write otherwise; entries of a configuration that one of them lacks are, too."""
+OF_A_VERSION = ("module_settings", "tokenizer.rules")
+"""What other versions of packages may write otherwise, as they may leave out entries of a configuration."""
 SAME_SIGMA = 1e-6
 """By how much of itself a measured sigma may differ: it does between versions of torch."""
 GO_ON = "free some space or make the folder writable, then start the same run again: it goes on where it stopped"
@@ -162,16 +162,17 @@ def compared(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[dict[st
         here: of another.
 
     Returns:
-        The same without names and versions. Between versions of transformers or torch, also without what only one of
-        the two writes into a configuration, and without the settings of modules.
+        The same without names and versions, nested keys joined by dots. Between versions of transformers or torch, also
+        without `OF_A_VERSION` and without what only one of the two writes into a configuration.
     """
-    sides = [{key: value for key, value in side.items() if key not in NOTED} for side in (there, here)]
+    left, right = (_flat({key: value for key, value in side.items() if key not in NOTED}) for side in (there, here))
     if _packages(there) != _packages(here):
-        flat = [_flat(config) for side in sides if isinstance(config := side.get("config", {}), Mapping)]
-        for side, config in zip(sides, flat, strict=False):
-            side["config"] = {key: config[key] for key in config if all(key in other for other in flat)}
-            side.pop(OF_A_VERSION, None)
-    return sides[0], sides[1]
+        of_one = {key for key in left.keys() ^ right.keys() if key.startswith("config.")}
+        left, right = (
+            {key: value for key, value in side.items() if key not in of_one and key not in OF_A_VERSION}
+            for side in (left, right)
+        )
+    return left, right
 
 
 def _packages(fingerprint: Mapping[str, Any]) -> list[Any]:

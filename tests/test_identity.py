@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.models import BPE
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fasttrace
 from fasttrace import StoreError
 from fasttrace.datasets import read_facts
-from fasttrace.identity import digests, identity_of, shown_name, tokenizer_digest, weights_digest
+from fasttrace.identity import digests, identity_of, shown_name, tokenizer_digests, weights_digest
 from fasttrace.manifest import differences
 from fasttrace.runs import run
 from fasttrace.stores import Store
@@ -315,29 +316,50 @@ TOKENIZERS = {
 
 
 def test_tokenizers_count_by_what_they_do():
-    seen = {name: tokenizer_digest(make()) for name, make in TOKENIZERS.items()}
-    assert len(set(seen.values())) == len(seen)
-    assert seen == {name: tokenizer_digest(make()) for name, make in TOKENIZERS.items()}
-    assert tokenizer_digest(None) is None
+    seen = {name: tokenizer_digests(make()) for name, make in TOKENIZERS.items()}
+    assert len({json.dumps(each) for each in seen.values()}) == len(seen)
+    assert seen == {name: tokenizer_digests(make()) for name, make in TOKENIZERS.items()}
+    assert tokenizer_digests(None) is None
+
+
+@pytest.mark.parametrize("name", [name for name in TOKENIZERS if "slow" not in name])
+def test_a_tokenizer_that_was_saved_and_loaded_is_the_same_until_it_puts_something_in_front(name, tmp_path):
+    tokenizer = TOKENIZERS[name]()
+    before = tokenizer_digests(tokenizer)
+    for _ in range(2):
+        tokenizer.save_pretrained(tmp_path)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+        assert tokenizer_digests(tokenizer) == before
+    tokenizer.add_bos_token = not tokenizer.add_bos_token
+    assert tokenizer_digests(tokenizer) != before
 
 
 @pytest.mark.parametrize("name", ["bytes", "slow"])
 def test_an_added_token_counts(name):
     tokenizer = TOKENIZERS[name]()
-    before = tokenizer_digest(tokenizer)
+    seen = [tokenizer_digests(tokenizer)]
     tokenizer.add_tokens(["Seattle's"])
-    added = tokenizer_digest(tokenizer)
+    seen.append(tokenizer_digests(tokenizer))
     tokenizer.add_special_tokens({"eos_token": "<end>"})
-    assert len({before, added, tokenizer_digest(tokenizer)}) == 3
+    seen.append(tokenizer_digests(tokenizer))
+    assert len({each["vocabulary"] for each in seen}) == 3
+
+
+def test_merges_count_where_the_vocabulary_is_the_same():
+    tokenizers = [byte_level(), byte_level()]
+    model = json.loads(tokenizers[1].backend_tokenizer.to_str())["model"]
+    merges = [tuple(merge) for merge in reversed(model["merges"])]
+    tokenizers[1].backend_tokenizer.model = BPE(model["vocab"], merges)
+    assert "rules" in found(*map(tokenizer_digests, tokenizers))
 
 
 def test_padding_truncation_and_chat_templates_of_a_tokenizer_do_not_count():
     tokenizer = byte_level()
-    before = tokenizer_digest(tokenizer)
+    before = tokenizer_digests(tokenizer)
     tokenizer.pad_token = "<s>"
-    before_padding, tokenizer.chat_template = tokenizer_digest(tokenizer), "{{ messages }}"
+    before_padding, tokenizer.chat_template = tokenizer_digests(tokenizer), "{{ messages }}"
     tokenizer(["a", "The Space"], padding=True, truncation=True, max_length=2)
-    assert tokenizer_digest(tokenizer) == before_padding != before
+    assert tokenizer_digests(tokenizer) == before_padding != before
 
 
 # What is made of it: folders, results, names.
@@ -428,6 +450,7 @@ def test_a_run_on_an_edited_model_is_refused_and_the_right_one_goes_on(saved, fo
 
 FINGERPRINT = {
     "weights": "a",
+    "tokenizer": {"vocabulary": "v", "rules": "r"},
     "config": {"n_layer": 4, "rope": {"theta": 1.0}},
     "module_settings": "b",
     "versions": {"torch": "2.7", "transformers": "5.1"},
@@ -440,6 +463,8 @@ FINGERPRINT = {
         ({"config": {"n_layer": 4, "rope": {"theta": 1.0}, "added": None}, "module_settings": "c"}, None),
         ({"config": {"n_layer": 4, "rope": {"theta": 1.0, "kind": "default"}}}, None),
         ({"config": {"n_layer": 4}}, None),
+        ({"tokenizer": {"vocabulary": "v", "rules": "s"}}, None),
+        ({"tokenizer": {"vocabulary": "w", "rules": "r"}}, "tokenizer.vocabulary 'v' there, 'w' here"),
         ({"config": {"n_layer": 4, "rope": {"theta": 2.0}}}, "config.rope.theta 1.0 there, 2.0 here"),
         ({"weights": "c"}, "weights 'a' there, 'c' here"),
     ],
