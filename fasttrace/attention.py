@@ -216,7 +216,7 @@ def _attend(
             return attended, None
     base_keys, base_values = state.base_states(key), state.base_states(value)
     outputs = []
-    for group in state.groups:
+    for group in _groups(state, module):
         own_key, own_value = (_rectangle(x, group.start, group.n_tiles, group.length) for x in (key, value))
         attended, _ = function(
             module,
@@ -228,6 +228,18 @@ def _attend(
         )
         outputs.append(attended.flatten(0, 1))
     return torch.cat(outputs).unsqueeze(0), None
+
+
+def _groups(state: PackState, module: nn.Module) -> tuple[GroupOnDevice, ...]:
+    """The rectangles of the block, with no more keys than a module masks with a table of its own.
+
+    GPT-2's eager attention has such a table in early transformers 5, as long as its longest prompt.
+    """
+    table = getattr(module, "bias", None)
+    if not isinstance(table, Tensor) or table.dim() != 4:
+        return state.groups
+    longest = table.shape[-1]
+    return tuple(g.by_row() if g.first + g.length > longest else g for g in state.groups)
 
 
 def _attend_by_method(

@@ -269,3 +269,22 @@ def test_a_model_whose_heads_have_several_sizes_is_traced_to_the_end(name, engin
     result = tracer.trace([5, 9, 13, 21, 34, 55, 60], subject=(0, 2), samples=2, window=3, engine=engine)
     assert result.cost.flops > 0
     assert np.ptp(result.grid("block_output")) > 1e-3
+
+
+def test_blocks_that_share_keys_only_through_a_cache_are_refused(monkeypatch):
+    """Without one they use weights of their own, which no checkpoint has."""
+    model = zoo.tiny_model("gemma4_text")
+    assert model.config.num_kv_shared_layers
+    anatomy_of(model)
+    own = model.model.layers[3].mlp.forward
+    forward = model.forward
+
+    def uncached(*args, use_cache=None, **kwargs):
+        with monkeypatch.context() as patch:
+            if not use_cache:
+                patch.setattr(model.model.layers[3].mlp, "forward", lambda hidden: -own(hidden))
+            return forward(*args, use_cache=use_cache, **kwargs)
+
+    model.forward = uncached
+    with pytest.raises(ModelError, match=r"gives other logits without a cache of keys and values, .* update transformers"):
+        fasttrace.Tracer(model)

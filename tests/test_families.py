@@ -18,12 +18,16 @@ from tests import zoo
 
 OWN_ATTENTION = {"bloom", "falcon", "mpt", "xglm", *(name for name in zoo.VARIANTS if name.startswith("falcon"))}
 RECURRENT = ("mamba",)
+IN_EARLY_5 = zoo.INSTALLED < (5, 17)
+if IN_EARLY_5:
+    OWN_ATTENTION.add("nemotron")
 
 NOT_IN_FLOAT64 = {
     "xglm": "its attention clamps scores to the smallest float32",
     "gemma2": "its attention takes softmax in float32",
     "deepseek_v3": "its router is in float32, with rounding that depends on the CPU",
     "mamba": "its recurrence is in float32",
+    **({"mpt": "its mask is of float32's least number"} if IN_EARLY_5 else {}),
 }
 
 
@@ -183,9 +187,16 @@ MUTATIONS = {
 }
 
 
+def skip_if_capless(mutation):
+    """transformers 5.17 runs Gemma 2 by sdpa, which lets its soft cap go by."""
+    if "scores without soft cap" in mutation and family_model("gemma2").config._attn_implementation == "sdpa":
+        pytest.skip("this transformers computes the model without a soft cap")
+
+
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_breaking_one_thing_moves_the_grids_and_fails_the_self_check(mutation, monkeypatch):
     name, mutate = MUTATIONS[mutation]
+    skip_if_capless(mutation)
     engine = best_engine(name)
     assert error_of(engine, name) < 1e-5
     mutate(monkeypatch)

@@ -17,7 +17,7 @@ from fasttrace.kernel_attention import KernelState
 from fasttrace.ops import fused
 from tests import zoo
 from tests.conftest import all_grids, make_job
-from tests.test_families import MUTATIONS, best_engine, family_model
+from tests.test_families import MUTATIONS, best_engine, family_model, skip_if_capless
 
 IDS = torch.tensor([[5, 9, 13, 21, 34]])
 
@@ -71,6 +71,7 @@ def test_what_rounds_behind_torchs_back_is_noticed_and_not_taken_for_another_fun
 @pytest.mark.parametrize("mutation", [name for name in MUTATIONS if MUTATIONS[name][0] != "bloom"])
 def test_breaking_one_thing_fails_the_self_check_in_half_precision_too(mutation, monkeypatch):
     name, mutate = MUTATIONS[mutation]
+    skip_if_capless(mutation)
     mutate(monkeypatch)
     choice = select.choose(anatomy_of(family_model(name, torch.bfloat16)))
     assert choice.name != best_engine(name)

@@ -50,7 +50,8 @@ def test_the_kernel_gives_the_grids_of_plain_forward_passes(name, kernel):
     expected = reference.run(anatomy, job, lambda: None, rows=1000)
     with fused(anatomy):
         scores = ENGINES["wavefront"](anatomy, job, lambda: None)
-    assert kernel == [True] * anatomy.n_layers, "every block attends in one call"
+    builds_masks = hasattr(anatomy.decoder, "_update_causal_mask")  # StableLM of early transformers 5: group by group
+    assert kernel == [not builds_masks] * anatomy.n_layers, "every block attends in one call"
     assert np.abs(scores.cells - expected.cells).max() < 1e-5 * np.ptp(expected.cells)
 
 

@@ -21,7 +21,7 @@ BEST = {
     "gemma3n_text": "wavefront",  # per-layer embeddings, shared keys, windows shorter than the prompt
     "gemma3n_text-unshared": "wavefront",
     "gemma4_text": "wavefront",  # the same, with heads of two sizes
-    "gemma4_text-unshared": "fork",
+    "gemma4_text-unshared": "wavefront",
     "gemma4": "wavefront",  # inside a model of text and images
     "deepseek_v4": "rows",  # experts chosen by token id
     "qwen4_exp_text": "rows",  # tables of n-grams

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from fasttrace.adapters.second_look import N_TOKENS, looks_twice, neutral_token,
 from fasttrace.adapters.sizes import config_of_block, flops_of, pair_flops, width_of
 from fasttrace.cost import UnitWork
 from fasttrace.errors import ModelError
+from fasttrace.hooks import evaluating
 
 __all__ = ["Anatomy", "anatomy_of", "module_paths"]
 
@@ -231,7 +233,22 @@ def anatomy_of(model: Any, modules: Mapping[str, str] | None = None) -> Anatomy:
         raise ModelError("the model has no weights (meta device); load it with from_pretrained, or call to_empty first")
     anatomy = Anatomy(model, find_parts(model, modules))
     _ = anatomy.row_axis  # two short calls of the model, before anybody's hooks are on it
+    if getattr(anatomy.config, "num_kv_shared_layers", None):
+        _check_shares_without_cache(anatomy)
     return anatomy
+
+
+def _check_shares_without_cache(anatomy: Anatomy) -> None:
+    """Raises where blocks share keys and values only through a cache: early transformers 5 has such a Gemma 3n."""
+    ids = words(anatomy.model, anatomy.vocabulary, 2).to(anatomy.device)
+    with evaluating(anatomy.model):
+        without, cached = (anatomy.model(input_ids=ids, use_cache=use).logits.float() for use in (False, True))
+    moved = (without - cached).abs().max()
+    if moved > 0.1 * cached.std():
+        raise ModelError(
+            f"{type(anatomy.model).__name__} of transformers {version('transformers')} gives other logits without a cache "
+            "of keys and values, which its last blocks share; update transformers"
+        )
 
 
 def module_paths(anatomy: Anatomy) -> dict[str, str]:
