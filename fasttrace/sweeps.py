@@ -60,7 +60,8 @@ class Sweep:
         """
         drawn = {"sigma": self.sigma, "samples": self.samples, "seed": self.seed, "neutral": self.anatomy.neutral_token}
         noise = draw(prompt.span, self.anatomy.d_model, **drawn)
-        return Job(torch.tensor(prompt.token_ids), noise, self._cells(len(prompt.token_ids)), prompt.target_id)
+        ids = torch.tensor(prompt.token_ids, dtype=torch.long, device="cpu")
+        return Job(ids, noise, self._cells(len(ids)), prompt.target_id)
 
     def _cells(self, n_positions: int) -> tuple[Cell, ...]:
         grids = (grid_cells(s, width, self.anatomy.n_layers, n_positions) for s, width in self.windows.items())
