@@ -16,7 +16,7 @@ import numpy as np
 from fasttrace import plots
 from fasttrace.aggregate import Averages, average
 from fasttrace.average_plots import LEGENDS, ROLE_COLORS, ROLE_NAMES, layer_title, lowest
-from fasttrace.checks import items, mapping, objects, path_of, text
+from fasttrace.checks import items, mapping, objects, path_of, text, whole_number
 from fasttrace.errors import PlanError
 from fasttrace.files import atomic_write
 from fasttrace.parts import Record
@@ -66,6 +66,7 @@ def write_report(
     title = None if title is None else text("title", title)
     about = None if about is None else mapping("about", about)
     notes, bad_rows = items("notes", notes, "a list of sentences"), items("bad_rows", bad_rows, "a list of rows")
+    missing = whole_number("missing", missing, 0, meaning="facts")
     records = objects("records", records, Record, "Store.records() or Tracer.trace_many")
     script = _plotly_script()
     run = _Run()

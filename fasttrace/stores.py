@@ -21,7 +21,7 @@ import pandas as pd
 import pyarrow as pa
 
 from fasttrace.cells import SITES
-from fasttrace.checks import mapping, objects, path_of, whole_number
+from fasttrace.checks import flag, instance, mapping, objects, path_of, whole_number
 from fasttrace.coverage import Coverage
 from fasttrace.datasets import Fact
 from fasttrace.errors import StoreError
@@ -275,6 +275,7 @@ class Store:
         Raises:
             StoreError: a file cannot be read, or is another run's.
         """
+        everything = flag("everything", everything, error=StoreError)
         damaged = tuple(self._scan().values())
         places = self._places()
         named = self._facts.get("ids")
@@ -371,7 +372,7 @@ class Store:
     def told(self, shown: Coverage | None) -> Coverage:
         """The facts to show; a caller who did not choose them is told, by a warning, what is missing or left out."""
         if shown is not None:
-            return shown
+            return instance("shown", shown, Coverage, "Store.coverage", error=StoreError)
         shown = self.coverage()
         for note in shown.notes:
             logger.warning("%s: %s", self.folder, note)

@@ -1,37 +1,48 @@
 """Wrong arguments: an error of fasttrace that names the argument, before anything is computed."""
 
 import enum
+import inspect
 import itertools
+import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fasttrace
-from fasttrace import FasttraceError, api
+from fasttrace import EngineError, FasttraceError, ModelError, PlanError, PromptError, api, report, sweeps
 from fasttrace.aggregate import average, token_roles
 from fasttrace.average_plots import plot_roles, save_lines, save_roles
-from fasttrace.cells import windows_of
+from fasttrace.cells import grid_cells, windows_of
 from fasttrace.datasets import Fact, read_facts
-from fasttrace.engines import ENGINES
+from fasttrace.engines import ENGINES, LAYOUTS
+from fasttrace.engines.passes import run_in_passes
+from fasttrace.engines.select import _CHECKS
 from fasttrace.exports import export
 from fasttrace.plots import plot_figure, plot_stream, save_figure
+from fasttrace.readout import Scores
 from fasttrace.report import write_report
 from fasttrace.rome import rome_file_name
 from fasttrace.runs import run
-from fasttrace.settings import Settings
+from fasttrace.settings import ENGINE_NAMES, Settings
 from fasttrace.stores import Record, Store
+from tests.conftest import all_grids, make_job, tiny_anatomy
 from tests.run_facts import facts_of
 from tests.tokenizers import byte_level
-from tests.zoo import tiny_model
+from tests.zoo import N_LAYERS, tiny_model
 
 PROMPT = "The Space Needle is in downtown"
 TRACE: dict[str, Any] = {
@@ -59,7 +70,7 @@ FACTS = ("source", "facts", "file", "columns")
 COUNT = itertools.count()
 
 
-class Text(str, enum.Enum):
+class Text(enum.StrEnum):
     """A text that is no plain one."""
 
     STREAM = "mlp_output"
@@ -182,185 +193,436 @@ class Door:
     Attributes:
         call: takes the arguments by name.
         right: these.
-        odd: those to be tried with odd values; all by default.
-        also: argument -> how a message may call it besides.
+        also: argument -> how messages may call it besides.
     """
 
     call: Callable[..., Any]
     right: dict[str, Any]
-    odd: tuple[str, ...] = ()
     also: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
+    def complaints(self, odd: dict[str, Callable[[], Any]] = ODD) -> Iterator[str]:
+        """Calls that end in neither a result nor an error that names the argument."""
+        for argument in self.right:
+            for name, make in odd.items():
+                told = self._told(argument, make())
+                if told is not None:
+                    yield f"{argument}={name}: {told}"
 
+    def _told(self, argument: str, value: Any) -> str | None:
+        try:
+            self.call(**{**self.right, argument: value})
+        except ReachedError:
+            return None
+        except FasttraceError as error:
+            names = (argument, argument.removesuffix("s"), *self.also.get(argument, ()))
+            return None if any(name in str(error) for name in names) else f"is not named in {str(error)[:200]!r}"
+        except Exception as error:
+            return f"{type(error).__name__}: {str(error)[:200]}"
+        return None
+
+
+@cache
 def tracer():
     tokenizer = byte_level()
     return fasttrace.Tracer(tiny_model("gpt2", vocab_size=len(tokenizer)), tokenizer)
 
 
-TRACER = tracer()
+@cache
+def traced():
+    return tracer().trace(**{**TRACE, "streams": ("block_output", "mlp_output")})
+
+
+@cache
+def record():
+    return Record(Fact("1", PROMPT, "Needle"), traced())
+
+
+@cache
+def averages():
+    return average([record()], bootstrap=0)
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     """A store of three facts."""
     folder = tmp_path_factory.mktemp("store") / "run"
-    run(TRACER, read_facts(facts_of(3)), folder, samples=1, noise=1.0, window=2)
+    run(tracer(), read_facts(facts_of(3)), folder, samples=1, noise=1.0, window=2)
     return Store.read(folder)
 
 
-@pytest.fixture(scope="module")
-def result():
-    return TRACER.trace(**{**TRACE, "streams": ("block_output", "mlp_output")})
-
-
-def _opened(folder, fingerprint):
+def opened(folder, fingerprint):
     return Store.open(f"new{next(COUNT)}" if isinstance(folder, str) and folder == "new" else folder, fingerprint)
 
 
-def doors(store, result) -> dict[str, Door]:
-    """The public functions; each makes what it changes anew."""
-    record = Record(Fact("1", PROMPT, "Needle"), result)
-    averages = average([record], bootstrap=0)
-    spans = {"prompt": ("token", "prompt"), "subject": ("subject",)}
+def running(**options):
+    run(tracer(), read_facts(facts_of(1)), f"run{next(COUNT)}", **options)
+
+
+def tracing_doors(_store):
+    spans = {"prompt": ("token",)}
+    many = {name: MANY[name] for name in MANY if name != "facts"}
     return {
-        "trace": Door(TRACER.trace, TRACE, also=spans),
-        "trace_many": Door(lambda **options: list(TRACER.trace_many(**options)), MANY, also={"facts": FACTS}),
-        "run": Door(
-            lambda **options: run(TRACER, read_facts(facts_of(1)), Path("run"), **options),
-            {**{name: MANY[name] for name in MANY if name != "facts"}, "shard": "facts"},
-        ),
-        "encode": Door(
-            TRACER.encode,
-            {"prompt": PROMPT, "subject": (0, 1), "target": None, "first_target_token": False, "tell": True},
-        ),
-        "windows": Door(TRACER.windows, {"streams": None, "window": 2}),
-        "windows_of": Door(windows_of, {"streams": ("mlp_output",), "window": 2}),
-        "choose_engine": Door(TRACER.choose_engine, {"engine": "reference"}),
-        "Settings": Door(Settings, dict.fromkeys(("streams", "noise_subjects")) | Settings().described()),
-        "read_facts": Door(
-            read_facts,
-            {"source": facts_of(2), "strict": False, "limit": None},
-            also={"source": FACTS},
-        ),
-        "average": Door(
-            average,
-            {"records": [record], "value": "prob", "compat": None, "bootstrap": 5, "seed": 0},
-            also={"records": ("no fact",)},
-        ),
-        "Averages.strongest": Door(averages.strongest, {"stream": "mlp_output", "n": 1}, also={"n": ("n=",)}),
-        "Averages.save_csv": Door(averages.save_csv, {"path": "a.csv"}, also={"path": ("write",)}),
-        "token_roles": Door(
-            token_roles, {"span": (0, 1), "n_positions": 4, "compat": None}, also={"span": ("subject",)}
-        ),
-        "grid": Door(result.grid, {"stream": "mlp_output", "value": "prob"}),
-        "strongest": Door(result.strongest, {"stream": "mlp_output", "n": 2}, also={"n": ("n=",)}),
-        "top_tokens": Door(result.top_tokens, {"run": "clean", "n": 2}, also={"n": ("n=",)}),
-        "summary": Door(result.summary, {"n": 2}, also={"n": ("n=",)}),
-        "save": Door(result.save, {"path": "a.parquet"}, also={"path": ("write",)}),
-        "to_csv": Door(result.to_csv, {"folder": "csv"}, also={"folder": ("write",)}),
-        "save_rome_npz": Door(
-            result.save_rome_npz,
-            {"path": "a.npz", "stream": "mlp_output", "known_id": 3, "correct_prediction": True},
-            also={"path": ("write",)},
-        ),
-        "rome_file_name": Door(rome_file_name, {"known_id": 3, "stream": "mlp_output"}),
-        "plot": Door(result.plot, {"stream": "mlp_output"}),
-        "plot_stream": Door(plot_stream, {"result": result, "stream": "mlp_output"}),
-        "plot_figure": Door(plot_figure, {"result": result}),
-        "save_figure": Door(
-            save_figure, {"result": result, "path": "a.png", "dpi": 20}, also={"path": ("format", "write")}
-        ),
-        "plot_roles": Door(plot_roles, {"averages": averages, "stream": "mlp_output"}),
-        "save_roles": Door(
-            save_roles,
-            {"averages": averages, "path": "a.png", "stream": "mlp_output", "dpi": 20},
-            also={"path": ("format", "write")},
-        ),
-        "save_lines": Door(
-            save_lines, {"averages": averages, "path": "b.png", "dpi": 20}, also={"path": ("format", "write")}
-        ),
-        "load": Door(fasttrace.load, {"path": "none.parquet"}, also={"path": ("nothing at", "a folder at")}),
-        "write_report": Door(
-            write_report,
-            {"records": [record], "path": "a.html", "title": None, "about": None, "bad_rows": (), "notes": ()},
-            also={"path": ("write",)},
-        ),
-        "export": Door(export, {"store": store, "out": "out", "kind": "csv"}, also={"out": ("write",)}),
-        "Store.read": Door(Store.read, {"folder": store.folder}, also={"folder": ("no manifest", "write")}),
-        "Store.open": Door(_opened, {"folder": "new", "fingerprint": {"model": "a"}}, also={"folder": ("write",)}),
-        "Store.remaining": Door(store.remaining, {"facts": facts_of(2)}),
-        "Store.write": Door(lambda **given: Store.open("other", {}).write(**given), {"records": [record], "rank": 0}),
+        "trace": Door(tracer().trace, TRACE, spans),
+        "trace_many": Door(lambda **options: list(tracer().trace_many(**options)), MANY, {"facts": FACTS}),
+        "run": Door(running, {**many, "shard": "facts"}),
     }
 
 
-DRAWN = ("save_figure", "save_roles", "save_lines", "plot", "plot_stream", "plot_figure", "plot_roles")
-NAMES = tuple(
-    doors_names := (
-        "trace",
-        "trace_many",
-        "run",
-        "encode",
-        "windows",
-        "windows_of",
-        "choose_engine",
-        "Settings",
-        "read_facts",
-        "average",
-        "Averages.strongest",
-        "Averages.save_csv",
-        "token_roles",
-        "grid",
-        "strongest",
-        "top_tokens",
-        "summary",
-        "save",
-        "to_csv",
-        "save_rome_npz",
-        "rome_file_name",
-        "plot",
-        "plot_stream",
-        "plot_figure",
-        "save_figure",
-        "plot_roles",
-        "save_roles",
-        "save_lines",
-        "load",
-        "write_report",
-        "export",
-        "Store.read",
-        "Store.open",
-        "Store.remaining",
-        "Store.write",
-    )
-)
+def other_doors(store):
+    result, averaged, stream = traced(), averages(), "mlp_output"
+    of_n, writes, draws = {"n": ("n=",)}, {"path": ("write",)}, {"path": ("write", "format")}
+    span = {"prompt": PROMPT, "subject": (0, 1), "target": None, "first_target_token": False, "tell": True}
+    options = {**Settings().described(), "streams": None, "noise_subjects": None}
+    pages = {"title": None, "about": None, "bad_rows": (), "notes": (), "missing": 0}
+    roles = {"averages": averaged, "stream": stream}
+    rome = {"stream": stream, "known_id": 3, "correct_prediction": True}
+    means = {"records": [record()], "value": "prob", "compat": None, "bootstrap": 5, "seed": 0, "notes": ()}
+    exports = {"store": store, "kind": "csv", "shown": None, "spreadsheet_safe": True}
+    return {
+        "encode": Door(tracer().encode, span, {"prompt": ("token",)}),
+        "windows": Door(tracer().windows, {"streams": None, "window": 2}),
+        "windows_of": Door(windows_of, {"streams": (stream,), "window": 2}),
+        "choose_engine": Door(tracer().choose_engine, {"engine": "reference"}),
+        "Settings": Door(Settings, options),
+        "read_facts": Door(read_facts, {"source": facts_of(2), "strict": False, "limit": None}, {"source": FACTS}),
+        "average": Door(average, means, {"records": ("no fact",)}),
+        "Averages.strongest": Door(averaged.strongest, {"stream": stream, "n": 1}, of_n),
+        "Averages.save_csv": Door(averaged.save_csv, {"path": "a.csv"}, writes),
+        "token_roles": Door(token_roles, {"span": (0, 1), "n_positions": 4, "compat": None}, {"span": ("subject",)}),
+        "grid": Door(result.grid, {"stream": stream, "value": "prob"}),
+        "strongest": Door(result.strongest, {"stream": stream, "n": 2}, of_n),
+        "top_tokens": Door(result.top_tokens, {"run": "clean", "n": 2}, of_n),
+        "summary": Door(result.summary, {"n": 2}, of_n),
+        "save": Door(result.save, {"path": "a.parquet"}, writes),
+        "to_csv": Door(result.to_csv, {"folder": "csv"}, {"folder": ("write",)}),
+        "save_rome_npz": Door(result.save_rome_npz, {"path": "a.npz", **rome}, writes),
+        "rome_file_name": Door(rome_file_name, {"known_id": 3, "stream": stream}),
+        "plot": Door(result.plot, {"stream": stream}),
+        "plot_stream": Door(plot_stream, {"result": result, "stream": stream}),
+        "plot_figure": Door(plot_figure, {"result": result}),
+        "save_figure": Door(save_figure, {"result": result, "path": "a.png", "dpi": 20}, draws),
+        "plot_roles": Door(plot_roles, roles),
+        "save_roles": Door(save_roles, {**roles, "path": "a.png", "dpi": 20}, draws),
+        "save_lines": Door(save_lines, {"averages": averaged, "path": "b.png", "dpi": 20}, draws),
+        "load": Door(fasttrace.load, {"path": "none.parquet"}, {"path": ("nothing at", "a folder at")}),
+        "write_report": Door(write_report, {"records": [record()], "path": "a.html", **pages}, writes),
+        "export": Door(lambda **given: export(out=f"out{next(COUNT)}", **given), exports),
+        "export.out": Door(lambda out: export(store, out, "csv"), {"out": "out"}, {"out": ("write", "holds")}),
+        "Store.read": Door(Store.read, {"folder": store.folder}, {"folder": ("no manifest",)}),
+        "Store.open": Door(opened, {"folder": "new", "fingerprint": {"model": "a"}}, {"folder": ("write",)}),
+        "Store.remaining": Door(store.remaining, {"facts": facts_of(2)}),
+        "Store.write": Door(lambda **given: opened("new", {}).write(**given), {"records": [record()], "rank": 0}),
+        "Store.coverage": Door(store.coverage, {"everything": False}),
+        "Store.facts": Door(store.facts, {"shown": None}),
+    }
 
 
-def complaints(door: Door, values=ODD) -> list[str]:
-    """What ends in neither a result nor an error that names the argument."""
-    found = []
-    for argument in door.odd or door.right:
-        for name, make in values.items():
-            try:
-                door.call(**{**door.right, argument: make()})
-            except ReachedError:
-                pass
-            except FasttraceError as error:
-                message, known_as = str(error), (argument, argument.rstrip("s"), *door.also.get(argument, ()))
-                if not any(each in message for each in known_as):
-                    found.append(
-                        f"{argument}={name}: the message does not name it: {type(error).__name__}: {message[:150]}"
-                    )
-            except Exception as error:
-                found.append(f"{argument}={name}: {type(error).__name__}: {str(error)[:150]}")
-    return found
+OTHERS = """
+encode windows windows_of choose_engine Settings read_facts average Averages.strongest Averages.save_csv token_roles grid
+strongest top_tokens summary save to_csv save_rome_npz rome_file_name plot plot_stream plot_figure save_figure plot_roles
+save_roles save_lines load write_report export export.out Store.read Store.open Store.remaining Store.write
+Store.coverage Store.facts
+"""
+NAMES = tuple(OTHERS.split())
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_an_odd_argument_is_taken_or_named(name, store, result, tmp_path, monkeypatch):
+@pytest.fixture
+def up_to_the_engine(monkeypatch):
+    """The choice of an engine, with its self-check, ends a trace: whatever is wrong has been said before."""
+
     def reached(*_args):
         raise ReachedError
 
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(api, "choose", reached)
-    monkeypatch.setattr(ENGINES["reference"].__module__ and api, "choose", reached)
-    assert "\n".join(complaints(doors(store, result)[name])) == ""
+
+
+def test_the_tables_have_every_door(store):
+    assert (*tracing_doors(store), *other_doors(store)) == ("trace", "trace_many", "run", *NAMES)
+
+
+@pytest.mark.parametrize("name", ["trace", "trace_many", "run"])
+def test_an_odd_argument_of_a_trace_is_taken_or_named_before_the_self_check(
+    name, store, up_to_the_engine, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert "\n".join(tracing_doors(store)[name].complaints()) == ""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_odd_argument_is_taken_or_named(name, store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "_plotly_script", lambda: "")
+    assert "\n".join(other_doors(store)[name].complaints()) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["trace", "trace_many", "run"])
+def test_a_trace_with_an_odd_argument_ends_in_grids_or_names_it(name, store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "\n".join(tracing_doors(store)[name].complaints()) == ""
+
+
+# What depends on the model is said before the self-check too.
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"prompt": [5, 10**6]}, PromptError, "the prompt has token id 1000000, the model knows 0"),
+        ({"prompt": [-1, 5], "subject": (0, 1)}, PromptError, "the prompt has token id -1"),
+        ({"prompt": "The " * 40}, PromptError, "positions for 32"),
+        ({"prompt": b"bytes"}, PromptError, "prompt is b'bytes': expected text, or a list"),
+        ({"prompt": torch.zeros(2, 4)}, PromptError, r"prompt\[0\] is"),
+        ({"prompt": {"input_ids": [1]}}, PromptError, r"prompt is what a tokenizer returned: give its \['input_ids'\]"),
+        ({"subject": (5, 2)}, PromptError, r"subject span \(5, 2\) covers no tokens"),
+        ({"subject": (0, 99)}, PromptError, r"subject span \(0, 99\) covers no tokens"),
+        ({"subject": (0.0, 2.0)}, PromptError, r"subject\[0\] is 0.0"),
+        ({"subject": {0, 2}}, PromptError, "subject is {0, 2}; give its text, or a half-open token span"),
+        ({"subject": "Eiffel"}, PromptError, "subject"),
+        ({"target": 10**6}, PromptError, "target is 1000000; give text, or a token id from 0 to"),
+        ({"target": 1.0}, PromptError, r"target is 1.0: expected a whole number \(a token id; or give text\)"),
+        ({"target": True}, PromptError, "target is True"),
+        ({"noise": 1e39}, PlanError, "noise has standard deviation 1e.39 and torch.float32 holds noise of up to"),
+        ({"noise": "s3", "noise_subjects": [10**6]}, PlanError, "noise_subjects has token id 1000000"),
+        ({"noise": "s" + "9" * 400}, PlanError, "the factor of noise is inf"),
+        ({"progress": 3}, PlanError, "progress is 3: expected a function, or None"),
+        (
+            {"samples": 10**8},
+            PlanError,
+            r"samples is 100000000: expected a whole number from 1 to 1000000 \(noise draws\)",
+        ),
+        ({"streams": {"mlp_output"}}, PlanError, "streams is {'mlp_output'}, and a set has no order"),
+        ({"streams": []}, PlanError, "no stream given"),
+        ({"engine": "warp"}, EngineError, "unknown engine 'warp'; choose from auto, wavefront"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_self_check(options, error, message, up_to_the_engine):
+    with pytest.raises(error, match=message):
+        tracer().trace(**{**TRACE, **options})
+
+
+def test_a_stream_that_the_model_has_not_is_said_before_the_self_check(up_to_the_engine):
+    experts = fasttrace.Tracer(tiny_model("mixtral"))
+    with pytest.raises(ModelError, match="mlp_activation"):
+        experts.trace([5, 6, 7, 8], subject=(0, 2), streams=["mlp_activation"])
+
+
+def test_samples_that_memory_cannot_hold_are_refused_with_numbers(monkeypatch, up_to_the_engine):
+    class Little:
+        available = 2**20
+
+    monkeypatch.setattr(psutil, "virtual_memory", Little)
+    with pytest.raises(
+        PlanError, match=r"samples is 500000: .* would take \d+\.\d GiB, and 0\.0 GiB .*; give at most \d+"
+    ):
+        tracer().trace(**{**TRACE, "samples": 500_000})
+    with pytest.raises(PlanError, match="samples is 500000"):
+        tracer().trace_many(**{**MANY, "samples": 500_000})
+    with pytest.raises(ReachedError):
+        tracer().trace(**{**TRACE, "samples": 10})
+
+
+def out_of_memory(*_args, **_options):
+    raise MemoryError("Unable to allocate 9.1 GiB for an array")
+
+
+def out_of_host_memory(*_args, **_options):
+    raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+
+@pytest.mark.parametrize("fails", [out_of_memory, out_of_host_memory])
+@pytest.mark.parametrize("call", [lambda: tracer().trace(**TRACE), lambda: list(tracer().trace_many(**MANY))])
+def test_memory_that_runs_out_before_a_pass_is_an_error_of_ours(call, fails, monkeypatch):
+    monkeypatch.setattr(sweeps, "draw", fails)
+    with pytest.raises(EngineError, match=r"out of memory while tracing \(.*allocate.*\): lower samples or budget"):
+        call()
+
+
+def test_memory_for_the_bootstrap_is_counted(monkeypatch):
+    class Little:
+        available = 2**20
+
+    monkeypatch.setattr(psutil, "virtual_memory", Little)
+    with pytest.raises(PlanError, match=r"bootstrap is 1000000: its draws would take .*; give at most"):
+        average([record()] * 50, bootstrap=10**6)
+
+
+# Values that are taken.
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"samples": np.uint8(3), "seed": np.arange(5)[4], "window": np.int16(2), "budget": np.int64(500)},
+        {"samples": torch.tensor(3), "seed": np.array(4), "noise": np.float32(1.0), "window": torch.tensor(2)},
+        {"noise": Fraction(1), "first_target_token": np.False_, "engine": np.str_("reference")},
+        {"noise": Decimal("1.0"), "streams": Text.STREAM, "window": Index()},
+        {"noise": 1, "streams": np.array(["mlp_output"]), "samples": np.array(3)},
+        {"streams": (name for name in ["mlp_output"])},
+        {"streams": pd.Series(["mlp_output"])},
+        {"prompt": np.array([5, 6, 7, 8]), "target": np.int64(9), "subject": np.array([1, 3])},
+        {"prompt": torch.tensor([[5, 6, 7, 8]]), "target": torch.tensor(9), "subject": range(1, 3)},
+        {"prompt": pd.Series([5, 6, 7, 8]), "target": np.array(9), "subject": slice(1, 3)},
+        {"prompt": (np.int64(each) for each in (5, 6, 7, 8)), "subject": [1, 3]},
+        {"prompt": range(5, 9), "subject": (np.int8(1), torch.tensor(3))},
+    ],
+)
+def test_other_packages_numbers_give_the_same_result_and_the_same_file(options, tmp_path):
+    plain = {"prompt": [5, 6, 7, 8], "subject": (1, 3), "target": 9, "samples": 3, "seed": 4, "window": 2}
+    plain |= {"noise": 1.0, "streams": ("mlp_output",), "engine": "reference"}
+    found, expected = (tracer().trace(**{**plain, **given}) for given in (options, {}))
+    assert found == expected
+    found.save(tmp_path / "a.parquet")
+    assert fasttrace.load(tmp_path / "a.parquet") == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("The Needle", ("The Needle",)),
+        (["The Needle"], ("The Needle",)),
+        (pd.Series(["The Needle", "Seattle"]), ("The Needle", "Seattle")),
+        ([5, np.int64(6)], ((5, 6),)),
+        (np.array([5, 6]), ((5, 6),)),
+        (np.array([[5, 6], [7, 8]]), ((5, 6), (7, 8))),
+        ([[5, 6], "Seattle"], ((5, 6), "Seattle")),
+        (torch.tensor([5, 6]), ((5, 6),)),
+    ],
+)
+def test_a_single_subject_of_the_noise_is_one_subject(given, expected):
+    assert Settings(noise_subjects=given).noise_subjects == expected
+
+
+def test_one_text_as_noise_subjects_measures_the_same_noise_as_a_list_of_it():
+    options = {**TRACE, "noise": "s3"}
+    one, several, letters = (
+        tracer().trace(**{**options, "noise_subjects": given}).metadata["sigma"]
+        for given in ("Needle", ["Needle"], list("Needle"))
+    )
+    assert one == several
+    assert one != letters
+
+
+def test_true_is_not_one():
+    for name in ("window", "samples", "seed", "budget", "noise"):
+        for true in (True, np.True_, torch.tensor(True)):
+            with pytest.raises(PlanError, match=f"{name} .*True"):
+                Settings(**{name: true})
+    for name in ("first_target_token", "require_correct", "strict"):
+        for one in (1, 0, "no", None):
+            with pytest.raises(PlanError, match=f"{name} is .*: expected True or False"):
+                Settings(**{name: one})
+
+
+def test_a_window_wider_than_any_model_is_clipped_to_the_model():
+    wide, all_blocks = (tracer().trace(**{**TRACE, "window": window}) for window in (2**31 - 1, 100))
+    np.testing.assert_array_equal(wide.grid("mlp_output"), all_blocks.grid("mlp_output"))
+
+
+# Settings are the one place of the defaults.
+
+
+@pytest.mark.parametrize("call", [fasttrace.Tracer.trace, fasttrace.Tracer.trace_many])
+def test_every_signature_has_the_defaults_of_settings(call):
+    signature = inspect.signature(call).parameters
+    shared = [each.name for each in fields(Settings) if each.name in signature]
+    assert len(shared) >= 8
+    for name in shared:
+        assert signature[name].default == getattr(Settings, name), name
+
+
+def test_settings_are_described_as_json():
+    given = Settings(streams=["mlp_output"], noise_subjects=[[1, 2], "a"], samples=np.int64(3))
+    described = given.described()
+    assert json.loads(json.dumps(described)) == described
+    assert described["noise_subjects"] == [[1, 2], "a"]
+    assert Settings(**described) == given
+
+
+def test_the_names_of_engines_are_known_without_loading_them():
+    assert tuple(ENGINES) == ENGINE_NAMES
+
+
+# Many samples.
+
+
+@given(st.integers(1, 4), st.integers(2, 6), st.integers(1, 60), st.sampled_from(["narrow", "suffix", "full"]))
+def test_the_largest_pack_of_many_samples_is_told_from_one(n_layers, n_positions, samples, layout):
+    cells = tuple(cell for stream in fasttrace.STREAMS for cell in grid_cells(stream, 2, n_layers, n_positions))
+    many = make_job(n_positions, (0, 1), samples, cells)
+    assert many.peak_tokens(n_layers, layout) == many.plan(n_layers, layout).peak_tokens
+
+
+def test_thousands_of_samples_take_thousands_of_passes(monkeypatch):
+    def constant(_anatomy, job, _tick):
+        passes.append(job.samples)
+        return Scores(0, np.zeros((len(job.cells), job.samples)), np.zeros(5), np.zeros((job.samples, 5)))
+
+    passes: list[int] = []
+    monkeypatch.setitem(ENGINES, "wavefront", constant)
+    job = make_job(3, (0, 1), 2500, all_grids(("block_output",), 1, 3))
+    budget = job.part(slice(None), slice(1)).peak_tokens(N_LAYERS, LAYOUTS["wavefront"])
+    scores, _ = run_in_passes("wavefront", tiny_anatomy("gpt2"), job, budget)
+    assert passes == [1] * 2500
+    assert scores.cells.shape[1] == 2500
+
+
+# torch's defaults.
+
+
+@contextmanager
+def other_defaults(device=None, dtype=torch.float32):
+    torch.set_default_device(device)
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "defaults",
+    [
+        lambda: other_defaults("meta"),
+        lambda: torch.device("meta"),
+        lambda: other_defaults(dtype=torch.float64),
+        lambda: other_defaults(dtype=torch.float16),
+    ],
+    ids=["device", "context", "float64", "float16"],
+)
+@pytest.mark.parametrize("engine", ["auto", "rows", "reference"])
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "bloom"])
+def test_torchs_defaults_change_nothing(model_type, engine, defaults):
+    options = {"noise": "s3", "samples": 2, "window": 2, "engine": engine}
+
+    model = tiny_model(model_type)
+
+    def grids():
+        fresh = fasttrace.Tracer(model)
+        _CHECKS.clear()
+        return fresh.trace([5, 6, 7, 8], subject=(1, 3), **options)
+
+    expected = grids()
+    with defaults():
+        found = grids()
+    for stream in expected.streams:
+        np.testing.assert_array_equal(found.grid(stream), expected.grid(stream))
+    assert found.metadata["engine"] == expected.metadata["engine"]
+
+
+def test_facts_are_traced_whatever_the_default_device():
+    options = {**MANY, "engine": "auto", "require_correct": True}
+    expected = list(tracer().trace_many(**options))
+    with other_defaults("meta", torch.float64):
+        found = list(tracer().trace_many(**options))
+    assert [each.result for each in found] == [each.result for each in expected]
+    assert [each.reason for each in found] == [each.reason for each in expected]
+
+
+# Sources without an end.
+
+
+def test_a_source_without_facts_and_without_an_end_is_left():
+    with pytest.raises(PromptError, match="no facts in count"):
+        read_facts(itertools.count())
