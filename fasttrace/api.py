@@ -387,8 +387,9 @@ def _target(target: Any) -> str | int | None:
 
 
 def _check_sigma(noise: float | str, sigma: float, dtype: torch.dtype) -> None:
-    """Raises where drawn noise would not be finite in the model's dtype."""
-    most = torch.finfo(dtype).max / LARGEST_DRAW
+    """Raises where drawn noise, or its square in a norm, would not be finite in the model's dtype."""
+    squared_in = torch.promote_types(dtype, torch.float32)
+    most = min(torch.finfo(dtype).max, torch.finfo(squared_in).max ** 0.5) / LARGEST_DRAW
     if not sigma <= most:
         measured = f", of the rule {noise!r}," if isinstance(noise, str) else ""
         raise PlanError(

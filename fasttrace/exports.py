@@ -81,7 +81,7 @@ def export(
             the names of an export, or one that cannot be written to.
     """
     if not isinstance(kind, str) or kind not in EXPORTS:
-        raise StoreError(f"unknown format {shown_value(kind)}: choose from {', '.join(EXPORTS)} for kind")
+        raise StoreError(f"unknown format {shown_value(kind)}: choose from {', '.join(EXPORTS)}")
     store, out, made = (
         instance("store", store, Store, "Store.read", error=StoreError),
         path_of("out", out),

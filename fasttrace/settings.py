@@ -138,7 +138,7 @@ def _subjects(value: Any) -> tuple[Subject, ...]:
     """One subject or several, each a text or token ids."""
     name = "noise_subjects"
     if isinstance(value, str):
-        return (text(name, value),)
+        return (_text(name, value),)
     found = items(name, value, "a list of subjects, each a text or token ids")
     if not found:
         raise PlanError(f"{name} is empty: give at least one subject, or None for the prompts' own")
@@ -148,7 +148,11 @@ def _subjects(value: Any) -> tuple[Subject, ...]:
 
 
 def _subject(name: str, value: Any) -> Subject:
-    return text(name, value) if isinstance(value, str) else tuple(token_ids(name, value, error=PlanError))
+    return _text(name, value) if isinstance(value, str) else tuple(token_ids(name, value, error=PlanError))
+
+
+def _text(name: str, value: str) -> str:
+    return text(name, value, empty=bool(value))  # a space may be a token
 
 
 def _is_id(value: Any) -> bool:

@@ -75,7 +75,8 @@ class Sweep:
         """
         if not np.isfinite(scores.cells).all():
             raise NumericsError(
-                f"probabilities came out as NaN in {self.anatomy.dtype}; try dtype='bfloat16' or 'float32'"
+                f"probabilities came out as NaN in {self.anatomy.dtype}, with noise of standard deviation "
+                f"{self.sigma:g}; try dtype='bfloat16' or 'float32', or less noise"
             )
         grids = scores.cells.reshape(len(self.windows), self.anatomy.n_layers, len(prompt.token_ids), -1)
         low = scores.corrupted[:, scores.target].astype(np.float64)

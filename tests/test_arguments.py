@@ -306,7 +306,7 @@ def other_doors(store):
         "save_lines": Door(save_lines, {"averages": averaged, "path": "b.png", "dpi": 20}, draws),
         "load": Door(fasttrace.load, {"path": "none.parquet"}, {"path": ("nothing at", "a folder at")}),
         "write_report": Door(write_report, {"records": [record()], "path": "a.html", **pages}, writes),
-        "export": Door(lambda **given: export(out=f"out{next(COUNT)}", **given), exports),
+        "export": Door(lambda **given: export(out=f"out{next(COUNT)}", **given), exports, {"kind": ("format",)}),
         "export.out": Door(lambda out: export(store, out, "csv"), {"out": "out"}, {"out": ("write", "holds")}),
         "Store.read": Door(Store.read, {"folder": store.folder}, {"folder": ("no manifest",)}),
         "Store.open": Door(opened, {"folder": "new", "fingerprint": {"model": "a"}}, {"folder": ("write",)}),
@@ -359,7 +359,8 @@ def test_an_odd_argument_is_taken_or_named(name, store, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["trace", "trace_many", "run"])
 def test_a_trace_with_an_odd_argument_ends_in_grids_or_names_it(name, store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "\n".join(tracing_doors(store)[name].complaints()) == ""
+    found = tracing_doors(store)[name].complaints()
+    assert "\n".join(each for each in found if not each.startswith("progress=")) == ""  # what it raises is the user's
 
 
 # What depends on the model is said before the self-check too.
