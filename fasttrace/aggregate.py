@@ -4,17 +4,16 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from fasttrace.checks import items, memory_for, memory_told, objects, path_of, shown, span_of, whole_number
 from fasttrace.errors import PlanError
 from fasttrace.files import atomic_write
-from fasttrace.results import TraceResult
-
-if TYPE_CHECKING:
-    from fasttrace.stores import Record
+from fasttrace.parts import Record
+from fasttrace.results import TraceResult, count_of
 
 __all__ = ["ROLES", "VALUES", "Averages", "average", "token_roles"]
 
@@ -28,6 +27,10 @@ ROLES = (
     "last",
 )
 VALUES = ("prob", "indirect_effect", "normalized_effect")
+MOST_DRAWS = 1_000_000
+"""Of the bootstrap."""
+MOST_POSITIONS = 10_000_000
+"""Tokens of a prompt."""
 Z95 = 1.959963984540054
 
 
@@ -103,10 +106,9 @@ class Averages:
         Raises:
             PlanError: the stream was not traced, or n is below 1.
         """
-        if n < 1:
-            raise PlanError(f"n={n}: ask for at least 1")
-        if stream not in self.streams:
-            raise PlanError(f"unknown stream {stream!r}: these averages have {', '.join(self.streams)}")
+        n = count_of(n)
+        if not isinstance(stream, str) or stream not in self.streams:
+            raise PlanError(f"unknown stream {shown(stream)}: these averages have {', '.join(self.streams)}")
         rows: Any = self._cells[self._cells["stream"] == stream]
         return rows.sort_values("mean", ascending=False, kind="stable", ignore_index=True).head(n)
 
@@ -122,7 +124,7 @@ class Averages:
         Raises:
             StoreError: a file cannot be written.
         """
-        cells = Path(path)
+        cells = path_of("path", path, file=True)
         totals = cells.with_name(f"{cells.stem}_totals{cells.suffix}")
         for frame, file in ((self._cells, cells), (self._totals, totals)):
             with atomic_write(file) as temporary:
@@ -131,7 +133,7 @@ class Averages:
 
 
 def average(
-    records: Iterable["Record"],
+    records: Iterable[Record],
     *,
     value: str | None = None,
     compat: str | None = None,
@@ -171,14 +173,18 @@ def average(
             a grid that is not finite, or no fact to average.
     """
     gathered = _Gathered(_checked_value(value, compat), compat)
-    if bootstrap < 0:
-        raise PlanError(f"bootstrap={bootstrap}: ask for 0 draws or more")
-    for record in records:
+    bootstrap = whole_number("bootstrap", bootstrap)
+    if not 0 <= bootstrap <= MOST_DRAWS:
+        raise PlanError(f"bootstrap={bootstrap}: ask for 0 draws or more, up to {MOST_DRAWS}")
+    seed = whole_number("seed", seed, 0, meaning="seed of the bootstrap")
+    for record in objects("records", records, Record, "Store.records() or Tracer.trace_many"):
         gathered.add(record)
-    notes = tuple(notes)
-    weights = _weights(len(gathered.check(notes).sums), bootstrap, seed)
-    with np.errstate(over="ignore", invalid="ignore"):  # of effects over a total effect of nearly 0
-        return gathered.averages(weights, notes)
+    notes = tuple(items("notes", notes, "a list of sentences"))
+    facts = len(gathered.check(notes).sums)
+    memory_for("bootstrap", bootstrap, 16 * bootstrap * facts, "its draws")
+    quiet = np.errstate(over="ignore", invalid="ignore")  # of effects over a total effect of nearly 0
+    with memory_told("averaging", "lower bootstrap"), quiet:
+        return gathered.averages(_weights(facts, bootstrap, seed), notes)
 
 
 def token_roles(span: tuple[int, int], n_positions: int, compat: str | None = None) -> np.ndarray:
@@ -202,7 +208,9 @@ def token_roles(span: tuple[int, int], n_positions: int, compat: str | None = No
     Raises:
         PlanError: the span is empty or not inside the prompt.
     """
-    start, stop = span
+    start, stop = span_of("span", span, error=PlanError)
+    n_positions = whole_number("n_positions", n_positions, 1, MOST_POSITIONS)
+    _check_compat(compat)
     if not 0 <= start < stop <= n_positions:
         raise PlanError(f"subject {start}..{stop} in a prompt of {n_positions} tokens: expected a range inside it")
     last = n_positions - 1
@@ -218,12 +226,16 @@ def token_roles(span: tuple[int, int], n_positions: int, compat: str | None = No
     return np.eye(len(ROLES), dtype=bool)[last_fit]
 
 
+def _check_compat(compat: Any) -> None:
+    if compat is not None and not (isinstance(compat, str) and compat == "rome"):
+        raise PlanError(f"unknown compat {shown(compat)}: leave it out, or give 'rome'")
+
+
 def _checked_value(value: str | None, compat: str | None) -> str:
-    if compat not in (None, "rome"):
-        raise PlanError(f"unknown compat {compat!r}: leave it out, or give 'rome'")
-    value = value or ("prob" if compat else "indirect_effect")
-    if value not in VALUES:
-        raise PlanError(f"unknown value {value!r}: expected one of {', '.join(VALUES)}")
+    _check_compat(compat)
+    value = ("prob" if compat else "indirect_effect") if value is None else value
+    if not isinstance(value, str) or value not in VALUES:
+        raise PlanError(f"unknown value {shown(value)}: expected one of {', '.join(VALUES)}")
     if compat and value != "prob":
         raise PlanError(f"value {value!r} with compat='rome': ROME's notebook averages 'prob'; leave one of them out")
     return value
@@ -253,7 +265,7 @@ class _Gathered:
     wrong: int = 0
     undefined: int = 0
 
-    def add(self, record: "Record") -> None:
+    def add(self, record: Record) -> None:
         result = record.result
         if result is None:
             self.skipped += 1

@@ -10,22 +10,28 @@ from torch import nn
 
 from fasttrace.adapters import Anatomy, anatomy_of, module_paths
 from fasttrace.cells import windows_of
+from fasttrace.checks import flag, function, memory_told, span_of, text, token_ids, whole_number
 from fasttrace.corruption import sigma_of
+from fasttrace.engines.memory import check_samples
 from fasttrace.engines.passes import Progress, run_in_passes
 from fasttrace.engines.select import EngineChoice, choose
-from fasttrace.errors import FasttraceError, ModelError
+from fasttrace.errors import FasttraceError, ModelError, PlanError, PromptError
 from fasttrace.identity import identity_of, shown_name
 from fasttrace.loading import load
 from fasttrace.model_arguments import check_model, check_modules, checked_label, explain_call
 from fasttrace.ops import fused
 from fasttrace.prompts import Prompt, encode, subjects_of
 from fasttrace.results import TraceResult
+from fasttrace.settings import Settings, engine_name
 from fasttrace.sweeps import Sweep
 from fasttrace.tokenization import check_tokenizer
 
 if TYPE_CHECKING:
     from fasttrace.datasets import Fact
     from fasttrace.stores import Record
+
+LARGEST_DRAW = 10.0
+"""Standard deviations; normal draws beyond it do not occur."""
 
 
 class Tracer:
@@ -159,7 +165,7 @@ class Tracer:
         Raises:
             EngineError: an unknown engine, or none that passes the self-check.
         """
-        return choose(self._anatomy, engine, self.fuse)
+        return choose(self._anatomy, engine_name(engine), self.fuse)
 
     def trace(
         self,
@@ -168,21 +174,22 @@ class Tracer:
         subject: str | tuple[int, int],
         target: str | int | None = None,
         streams: Sequence[str] | None = None,
-        window: int = 10,
-        noise: float | str = "s3",
+        window: int = Settings.window,
+        noise: float | str = Settings.noise,
         noise_subjects: Sequence[str | Sequence[int]] | None = None,
-        samples: int = 10,
-        seed: int = 1,
-        engine: str = "auto",
-        budget: int | str = "auto",
-        first_target_token: bool = False,
+        samples: int = Settings.samples,
+        seed: int = Settings.seed,
+        engine: str = Settings.engine,
+        budget: int | str = Settings.budget,
+        first_target_token: bool = Settings.first_target_token,
         progress: Progress | None = None,
     ) -> TraceResult:
         """Causal traces of one prompt: a grid of restored runs per stream.
 
         Args:
             prompt: text, or token ids.
-            subject: text that occurs once in the prompt as a whole word, or else once, or a half-open token span.
+            subject: text that occurs once in the prompt as a whole word, or else once; or a half-open token span, as a
+                pair, a range or a slice.
             target: text of one token behind the prompt (a space is put before it where running text has one), a token
                 id, or None for the clean run's top token.
             streams: sites whose clean values are restored, one grid each; None: those of the figure that the model
@@ -207,14 +214,32 @@ class Tracer:
 
         Source: Meng et al. (2022), "Locating and Editing Factual Associations in GPT", section 2.
         """
-        windows = self.windows(streams, window)
-        encoded = self.encode(prompt, subject, target, first_target_token=first_target_token)
-        if noise_subjects is None:
-            noise_subjects = [encoded.token_ids[slice(*encoded.span)]]
-        sweep = self.sweep(windows, noise, noise_subjects, samples, seed, engine)
+        settings = Settings(
+            streams=streams,
+            window=window,
+            noise=noise,
+            noise_subjects=noise_subjects,
+            samples=samples,
+            seed=seed,
+            engine=engine,
+            budget=budget,
+            first_target_token=first_target_token,
+        )
+        function("progress", progress)
+        with memory_told("tracing"):
+            return self._trace(settings, prompt, subject, target, progress)
+
+    def _trace(
+        self, settings: Settings, prompt: Any, subject: Any, target: Any, progress: Progress | None
+    ) -> TraceResult:
+        windows = self.windows(settings.streams, settings.window)
+        encoded = self.encode(prompt, subject, target, first_target_token=settings.first_target_token)
+        check_samples(self._anatomy, settings.samples, windows, [encoded])
+        subjects = settings.noise_subjects or [encoded.token_ids[slice(*encoded.span)]]
+        sweep = self.sweep(windows, settings.noise, subjects, settings.samples, settings.seed, settings.engine)
         job = sweep.job(encoded)
         with fused(self._anatomy, self.fuse and sweep.choice.name != "reference"):
-            scores, cost = run_in_passes(sweep.choice.name, self._anatomy, job, budget, progress)
+            scores, cost = run_in_passes(sweep.choice.name, self._anatomy, job, settings.budget, progress)
         return sweep.result(encoded, scores, cost)
 
     def trace_many(
@@ -222,16 +247,16 @@ class Tracer:
         facts: "Iterable[Fact | Mapping[str, Any]]",
         *,
         streams: Sequence[str] | None = None,
-        window: int = 10,
-        noise: float | str = "s3",
+        window: int = Settings.window,
+        noise: float | str = Settings.noise,
         noise_subjects: Sequence[str | Sequence[int]] | None = None,
-        samples: int = 10,
-        seed: int = 1,
-        engine: str = "auto",
-        budget: int | str = "auto",
-        require_correct: bool = False,
-        strict: bool = False,
-        compat: str | None = None,
+        samples: int = Settings.samples,
+        seed: int = Settings.seed,
+        engine: str = Settings.engine,
+        budget: int | str = Settings.budget,
+        require_correct: bool = Settings.require_correct,
+        strict: bool = Settings.strict,
+        compat: str | None = Settings.compat,
     ) -> "Iterator[Record]":
         """Causal traces of many prompts, several in one forward pass, yielded as they finish.
 
@@ -303,14 +328,14 @@ class Tracer:
         anatomy = self._anatomy
         return encode(
             self.tokenizer,
-            prompt,
-            subject,
-            target,
+            _text("prompt", prompt) if isinstance(prompt, str) else token_ids("prompt", prompt),
+            _text("subject", subject) if isinstance(subject, str) else span_of("subject", subject),
+            _target(target),
             vocabulary=anatomy.vocabulary,
             max_positions=anatomy.max_positions,
             subject_start=subject_start,
-            first_target_token=first_target_token,
-            tell=tell,
+            first_target_token=flag("first_target_token", first_target_token, error=PromptError),
+            tell=flag("tell", tell, error=PromptError),
         )
 
     def windows(self, streams: Sequence[str] | None, window: int) -> dict[str, int]:
@@ -331,11 +356,12 @@ class Tracer:
         """What a trace does to every prompt, with the noise measured on some subjects and the engine chosen.
 
         Raises:
-            PlanError: an unknown noise rule.
+            PlanError: an unknown noise rule, subjects that it cannot be measured on, or noise beyond the model's dtype.
             EngineError: an unknown engine, or none that passes the self-check.
         """
         ids = subjects_of(self.tokenizer, subjects, self._anatomy.vocabulary) if isinstance(noise, str) else []
         sigma = sigma_of(noise, self._anatomy.embedding, ids, self.device)
+        _check_sigma(noise, sigma, self.dtype)
         about = {
             "model": self.name,
             "revision": self.revision,
@@ -345,6 +371,30 @@ class Tracer:
         }
         choice = self.choose_engine(engine)
         return Sweep(self._anatomy, self.tokenizer, windows, sigma, samples, seed, choice, about)
+
+
+def _text(name: str, value: str) -> str:
+    """What prompt, subject and target may hold is judged where they are tokenized."""
+    return text(name, value, error=PromptError, empty=True)
+
+
+def _target(target: Any) -> str | int | None:
+    if target is None:
+        return None
+    if isinstance(target, str):
+        return _text("target", target)
+    return whole_number("target", target, meaning="a token id; or give text", error=PromptError)
+
+
+def _check_sigma(noise: float | str, sigma: float, dtype: torch.dtype) -> None:
+    """Raises where drawn noise, or its square in a norm, would not be finite in the model's dtype."""
+    squared_in = torch.promote_types(dtype, torch.float32)
+    most = min(torch.finfo(dtype).max, torch.finfo(squared_in).max ** 0.5) / LARGEST_DRAW
+    if not sigma <= most:
+        measured = f", of the rule {noise!r}," if isinstance(noise, str) else ""
+        raise PlanError(
+            f"noise has standard deviation {sigma:g}{measured} and {dtype} holds noise of up to {most:.3g}: give less"
+        )
 
 
 def _name_of(given: str | None, own: str) -> str:

@@ -11,6 +11,7 @@ import pandas as pd
 
 from fasttrace import plots
 from fasttrace.aggregate import Averages
+from fasttrace.checks import instance, path_of, shown
 from fasttrace.errors import PlanError, StoreError
 from fasttrace.files import atomic_write
 
@@ -79,6 +80,7 @@ def plot_roles(averages: Averages, stream: str | None = None) -> "ggplot | Compo
         PlanError: the stream was not traced.
         PlotError: plotnine is not installed.
     """
+    instance("averages", averages, Averages, "average")
     streams = averages.streams if stream is None else (_known(averages, stream),)
     columns = min(len(streams), plots.PANELS_PER_ROW)
     width = columns * PANEL_WIDTH
@@ -104,6 +106,7 @@ def plot_lines(averages: Averages) -> "ggplot":
     Raises:
         PlotError: plotnine is not installed.
     """
+    instance("averages", averages, Averages, "average")
     p9 = plots._plotnine()
     cells = _line_frame(averages)
     columns = min(len(averages.streams), plots.PANELS_PER_ROW)
@@ -141,8 +144,9 @@ def save_roles(averages: Averages, path: str | os.PathLike[str], stream: str | N
         PlotError: plotnine is not installed.
         StoreError: another suffix, or the file cannot be written.
     """
-    suffix = _format(path)
-    _save(plot_roles(averages, stream), Path(path), suffix, dpi)
+    where, dpi = path_of("path", path, file=True), plots.dots_per_inch(dpi)
+    suffix = _format(where)
+    _save(plot_roles(averages, stream), where, suffix, dpi)
 
 
 def save_lines(averages: Averages, path: str | os.PathLike[str], dpi: int = 200) -> None:
@@ -157,8 +161,9 @@ def save_lines(averages: Averages, path: str | os.PathLike[str], dpi: int = 200)
         PlotError: plotnine is not installed.
         StoreError: another suffix, or the file cannot be written.
     """
-    suffix = _format(path)
-    _save(plot_lines(averages), Path(path), suffix, dpi)
+    where, dpi = path_of("path", path, file=True), plots.dots_per_inch(dpi)
+    suffix = _format(where)
+    _save(plot_lines(averages), where, suffix, dpi)
 
 
 def lowest(averages: Averages) -> float:
@@ -183,8 +188,8 @@ def layer_title(stream: str, window: int) -> str:
     return "single restored layer" if stream == "block_output" else f"single restored {name} layer"
 
 
-def _format(path: str | os.PathLike[str]) -> str:
-    suffix = Path(path).suffix.lower()
+def _format(path: Path) -> str:
+    suffix = path.suffix.lower()
     if suffix not in plots.FORMATS:
         raise StoreError(f"cannot tell the format of {path}: give a name that ends in {', '.join(plots.FORMATS)}")
     return suffix[1:]
@@ -198,8 +203,8 @@ def _save(figure: Any, path: Path, suffix: str, dpi: int) -> None:
 
 
 def _known(averages: Averages, stream: str) -> str:
-    if stream not in averages.streams:
-        raise PlanError(f"unknown stream {stream!r}: these averages have {', '.join(averages.streams)}")
+    if not isinstance(stream, str) or stream not in averages.streams:
+        raise PlanError(f"unknown stream {shown(stream)}: these averages have {', '.join(averages.streams)}")
     return stream
 
 

@@ -6,8 +6,9 @@ tensors; the planner compiles cells, the reference engine reads them as they are
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from fasttrace.checks import items, shown, whole_number
 from fasttrace.errors import PlanError
 
 SITES: tuple[str, ...] = ("block_input", "block_output", "attention_output", "mlp_output", "mlp_activation")
@@ -17,6 +18,9 @@ STREAMS: tuple[str, ...] = ("block_output", "mlp_activation", "attention_output"
 
 SINGLE_BLOCK_SITES = frozenset({"block_input", "block_output"})
 """Sites that carry the whole residual stream: restoring a window of them equals restoring its last block."""
+
+MOST_BLOCKS = 2**31 - 1
+"""Widest window; one wider than the model is clipped to it."""
 
 
 class Edit(NamedTuple):
@@ -57,18 +61,38 @@ def windows_of(streams: Sequence[str], window: int) -> dict[str, int]:
     Raises:
         PlanError: an unknown, repeated or missing stream, or a width below 1.
     """
-    if isinstance(streams, str):
-        streams = (streams,)
-    unknown = [s for s in streams if s not in SITES]
-    if unknown:
-        raise PlanError(f"unknown stream {unknown[0]!r}; choose from {', '.join(SITES)}")
-    if not streams:
-        raise PlanError(f"no stream given; choose one or more of {', '.join(SITES)}")
-    if len(set(streams)) < len(streams):
-        raise PlanError(f"a stream is given twice in {tuple(streams)}; name each once")
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise PlanError(f"window is {window!r}: it needs a whole width >= 1; window=1 restores single blocks")
-    return {s: 1 if s in SINGLE_BLOCK_SITES else window for s in streams}
+    names, width = stream_names(streams), window_width(window)
+    return {name: 1 if name in SINGLE_BLOCK_SITES else width for name in names}
+
+
+def stream_names(streams: str | Sequence[str]) -> tuple[str, ...]:
+    """One or more sites, each named once.
+
+    Raises:
+        PlanError: an unknown, repeated or missing one.
+    """
+    names = [streams] if isinstance(streams, str) else items("streams", streams, "a list of names")
+    if not names:
+        raise PlanError(f"streams is {shown(streams)}: no stream given; choose one or more of {', '.join(SITES)}")
+    known = tuple(_site(name) for name in names)
+    if len(set(known)) < len(known):
+        raise PlanError(f"streams has a stream that is given twice in {known}; name each once")
+    return known
+
+
+def _site(name: Any) -> str:
+    if not isinstance(name, str) or name not in SITES:
+        raise PlanError(f"unknown stream {shown(name)}; choose from {', '.join(SITES)} for streams")
+    return str.__str__(name)
+
+
+def window_width(window: int) -> int:
+    """A window's width.
+
+    Raises:
+        PlanError: it is no whole number, or below 1.
+    """
+    return whole_number("window", window, 1, MOST_BLOCKS, meaning="blocks restored together; 1 restores single blocks")
 
 
 @lru_cache(maxsize=256)

@@ -2,7 +2,7 @@
 
 Exit codes: 0 done, 1 `verify` found other numbers, 2 an error that a message explains, or a run in which nothing could
 be traced, 3 what was written goes over fewer facts than the run was asked for (0 with --allow-incomplete), 130
-interrupted.
+interrupted, 141 nobody reads what it prints. Files are written before anything is printed.
 """
 
 import json
@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from fasttrace import __version__, environment, outputs, summary, tutorial
 from fasttrace import cli_runs as runs
 from fasttrace import demo as embedded
 from fasttrace.cells import windows_of
+from fasttrace.checks import real_number, text, whole_number
+from fasttrace.cli_guard import Guarded, is_utf8, say
+from fasttrace.cli_guard import tell as _tell
 from fasttrace.cli_options import (
     Device,
     DeviceMap,
@@ -46,8 +48,8 @@ from fasttrace.cli_options import (
     read_subjects,
 )
 from fasttrace.cli_options import load_model as _load
-from fasttrace.cli_options import tell as _tell
-from fasttrace.errors import FasttraceError, PromptError
+from fasttrace.errors import PromptError
+from fasttrace.settings import Settings
 
 if TYPE_CHECKING:
     from fasttrace.api import Tracer
@@ -56,25 +58,8 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 
-class _Guarded(TyperGroup):
-    """Turns the errors a user can meet into one line on stderr and an exit code."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except FasttraceError as error:
-            if ctx.params.get("debug"):
-                raise
-            if not error.elsewhere:
-                _tell(f"error: {error}")
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt as error:
-            _tell(f"interrupted: {str(error) or 'nothing half-written was left'}")
-            raise typer.Exit(130) from None
-
-
 app = typer.Typer(
-    cls=_Guarded,
+    cls=Guarded,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -85,7 +70,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"fasttrace {__version__}")
+        say(f"fasttrace {__version__}")
         raise typer.Exit
 
 
@@ -111,13 +96,14 @@ def demo(
     """Trace one fact on the embedded model, all three streams, and draw the figure."""
     case = embedded.CASE
     request = {"subject": case.subject, "target": case.target, "samples": case.samples}
+    _check({**request, "engine": engine})
     wanted = _wanted(case.prompt, request, {"dtype": dtype})
     outputs.check_folder(out, wanted, overwrite)
     tracer = _load(embedded.MODEL_NAME, dtype=dtype, device=device)
     identity = _identity(tracer, out, wanted, overwrite)
     result = _trace(tracer, case.prompt, identity, engine=engine, **request)
-    typer.echo(summary.result_text(result))
-    _write(result, out, overwrite)
+    written = _write(result, out, overwrite)
+    say(f"{summary.result_text(result)}\n{written}")
 
 
 @app.command()
@@ -132,15 +118,15 @@ def trace(
     target_id: Annotated[int | None, typer.Option(help="The same as a token id.")] = None,
     model: Model = embedded.MODEL_NAME,
     stream: Stream = None,
-    window: Window = 10,
-    noise: Noise = "s3",
+    window: Window = Settings.window,
+    noise: Noise = str(Settings.noise),
     noise_subjects: NoiseSubjects = None,
-    samples: Samples = 10,
-    seed: Seed = 1,
-    engine: Engine = "auto",
+    samples: Samples = Settings.samples,
+    seed: Seed = Settings.seed,
+    engine: Engine = Settings.engine,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    budget: TokenBudget = "auto",
+    budget: TokenBudget = str(Settings.budget),
     first_target_token: Annotated[
         bool, typer.Option("--first-target-token", help="Follow the first token of a longer target.")
     ] = False,
@@ -168,17 +154,21 @@ def trace(
     }
     loading = {"dtype": dtype, "revision": revision, "modules": module_paths(module)}
     loading |= {"device_map": device_map, "offload_folder": offload_folder, "trust_remote_code": trust_remote_code}
+    tokens = _token_ids(prompt) if ids else text("prompt", prompt, error=PromptError)
+    subjects = None if noise_subjects is None else read_subjects(noise_subjects)
+    rest = {"noise_subjects": subjects, "engine": engine, "budget": number_or_text(budget, int)}
+    _check({**request, **rest})
     wanted = _wanted(prompt, request, loading, ids=ids)
     if out is not None:
         outputs.check_folder(out, wanted, overwrite)
-    subjects = None if noise_subjects is None else read_subjects(noise_subjects)
     tracer = _load(model, device=device, fuse=fuse, **loading)
-    tokens = _token_ids(prompt) if ids else prompt
-    rest = {"noise_subjects": subjects, "engine": engine, "budget": number_or_text(budget, int)}
     result = _trace(tracer, tokens, _identity(tracer, out, wanted, overwrite), **request, **rest)
-    typer.echo(json.dumps(result.summary(), ensure_ascii=False) if as_json else summary.result_text(result))
-    if out is not None:
-        _write(result, out, overwrite, say=_tell if as_json else typer.echo)
+    written = "" if out is None else _write(result, out, overwrite)
+    if as_json:
+        say(json.dumps(result.summary(), ensure_ascii=not is_utf8()))
+        _tell(written)
+    else:
+        say("\n".join(filter(None, (summary.result_text(result), written))))
 
 
 @app.command()
@@ -195,7 +185,7 @@ def plot(
     result = load(data)
     path = out or data.parent / (outputs.FIGURE_FILE if stream is None else f"{stream}.png")
     _save_plot(result, stream, path, dpi)
-    typer.echo(f"wrote {path}")
+    say(f"wrote {path}")
 
 
 @app.command()
@@ -210,12 +200,12 @@ def info(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show versions, devices and the dtype each gets; of a model its parts, its engine, and why that one."""
-    typer.echo(summary.table(environment.rows()))
+    say(summary.table(environment.rows()))
     if model is not None:
         places = {"device": device, "device_map": device_map, "offload_folder": offload_folder}
         places["trust_remote_code"] = trust_remote_code
         tracer = _load(model, dtype=dtype, revision=revision, modules=module_paths(module), **places)
-        typer.echo(summary.table(environment.model_rows(tracer)))
+        say(summary.table(environment.model_rows(tracer)))
 
 
 @app.command()
@@ -240,45 +230,67 @@ def verify(
         "window": tutorial.WINDOW,
         "first_target_token": True,
     }
+    _check({**request, "engine": engine})
+    real_number("tolerance", tolerance, 0)
     wanted = _wanted(case.prompt, request, {"dtype": dtype})
     if out is not None:
         outputs.check_folder(out, wanted, overwrite)
     tracer = _load(model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code)
     identity = _identity(tracer, out, wanted, overwrite)
     result = _trace(tracer, case.prompt, identity, engine=engine, **request)
-    typer.echo(summary.result_text(result))
-    typer.echo("\n" + summary.comparison_text(result, tolerance))
-    if out is not None:
-        _write(result, out, overwrite)
+    written = "" if out is None else _write(result, out, overwrite)
+    found = f"{summary.result_text(result)}\n\n{summary.comparison_text(result, tolerance)}"
+    say("\n".join(filter(None, (found, written))))
     if not all(comparison.relative_error <= tolerance for comparison in tutorial.compare(result)):
         _tell(f"{model} does not give the published numbers (relative tolerance {tolerance:g})")
         raise typer.Exit(1)
 
 
-def _subject(text: str | None, span: str | None) -> str | tuple[int, int]:
-    if (text is None) == (span is None):
+def _check(options: dict[str, Any]) -> None:
+    """Raises what a trace with these options would raise whatever the model."""
+    Settings(**{name: value for name, value in options.items() if name not in ("subject", "target")})
+
+
+def _subject(subject: str | None, span: str | None) -> str | tuple[int, int]:
+    if (subject is None) == (span is None):
         raise PromptError("the subject is missing or given twice: give --subject TEXT or --span BEGIN:END, one of them")
-    if text is not None:
-        return text
+    if subject is not None:
+        return text("subject", subject, error=PromptError)
     match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", span or "")
     if match is None:
         raise PromptError(f"--span is {span!r}, expected two token positions such as 0:4 (half open)")
-    return int(match[1]), int(match[2])
+    begin, end = _whole("--span", match[1]), _whole("--span", match[2])
+    if begin >= end:
+        raise PromptError(f"--span is {span!r} and holds no token: expected BEGIN below END, such as 0:4 (half open)")
+    return begin, end
 
 
-def _target(text: str | None, token_id: int | None, ids: bool) -> str | int | None:
-    if text is not None and token_id is not None:
+def _target(target: str | None, token_id: int | None, ids: bool) -> str | int | None:
+    if target is not None and token_id is not None:
         raise PromptError("the target is given twice: give --target TEXT or --target-id NUMBER, one of them")
     if token_id is not None:
-        return token_id
-    return int(text) if ids and text and text.isdecimal() else text
+        return whole_number("--target-id", token_id, 0, error=PromptError)
+    if target is None:
+        return None
+    if not target:
+        raise PromptError("the target is empty; give the text of one token, or no --target for the clean run's first")
+    if ids and target.isdecimal():
+        return _whole("--target", target)
+    return text("target", target, error=PromptError, empty=True)
 
 
-def _token_ids(text: str) -> list[int]:
-    words = re.split(r"[\s,]+", text.strip())
+def _token_ids(prompt: str) -> list[int]:
+    words = re.split(r"[\s,]+", prompt.strip())
     if not all(word.isdecimal() for word in words):
-        raise PromptError(f"the prompt is {text!r}, expected token ids such as '464 4687' because of --ids")
-    return [int(word) for word in words]
+        raise PromptError(f"the prompt is {prompt!r}, expected token ids such as '464 4687' because of --ids")
+    return [_whole("the prompt", word) for word in words]
+
+
+def _whole(name: str, digits: str) -> int:
+    try:
+        return int(digits)
+    except ValueError:  # more digits than Python reads
+        raise PromptError(f"{name} has a number of {len(digits)} digits: expected one of a token") from None
 
 
 def _wanted(prompt: str, request: dict[str, Any], loading: dict[str, Any], ids: bool = False) -> dict:
@@ -333,12 +345,14 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
         yield update
 
 
-def _write(result: "TraceResult", out: Path, overwrite: bool, say: Callable[[str], None] = typer.echo) -> None:
+def _write(result: "TraceResult", out: Path, overwrite: bool) -> str:
+    """Writes a folder, and returns what to say of it."""
     figure = find_spec("plotnine") is not None
     paths = outputs.write_run(result, out, figure=figure, overwrite=overwrite)
-    say("\nwrote\n" + "\n".join(f"  {path}" for path in paths))
+    lines = ["", "wrote", *(f"  {path}" for path in paths)]
     if not figure:
-        say(f'no figure without plotnine: pip install "fasttrace[plot]", then fasttrace plot {out}')
+        lines.append(f'no figure without plotnine: pip install "fasttrace[plot]", then fasttrace plot {out}')
+    return "\n".join(lines)
 
 
 def _save_plot(result: "TraceResult", stream: str | None, path: Path, dpi: int) -> None:

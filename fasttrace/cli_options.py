@@ -10,6 +10,7 @@ import typer
 
 from fasttrace import demo as embedded
 from fasttrace.cells import SITES, STREAMS
+from fasttrace.cli_guard import tell
 from fasttrace.errors import ModelError, StoreError
 
 if TYPE_CHECKING:
@@ -50,13 +51,16 @@ Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 TokenBudget = Annotated[str, typer.Option("--budget", help="Largest number of tokens in one pass, or auto.")]
 
 
-def tell(message: str) -> None:
-    """Says something that is no result, on stderr."""
-    typer.echo(message, err=True)
-
-
 def load_model(model: str, *, say: bool = True, **options: Any) -> "Tracer":
-    """A tracer by a model's name; see `Tracer.from_pretrained`."""
+    """A tracer by a model's name; see `Tracer.from_pretrained`.
+
+    Raises:
+        ModelError: it cannot be loaded; before anything is fetched, if that is because of the options.
+    """
+    from fasttrace.loading import check_place
+
+    places = ("dtype", "device", "device_map", "offload_folder")
+    check_place(**{name: options[name] for name in places if name in options})
     if model == embedded.MODEL_NAME and not embedded.has_model():
         embedded.model_folder(progress=tell)
     if say:

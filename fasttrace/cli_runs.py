@@ -9,6 +9,8 @@ import typer
 
 from fasttrace import demo as embedded
 from fasttrace import summary
+from fasttrace.checks import one_of
+from fasttrace.cli_guard import say
 from fasttrace.cli_options import (
     Device,
     DeviceMap,
@@ -34,6 +36,7 @@ from fasttrace.cli_options import (
     tell,
 )
 from fasttrace.errors import StoreError
+from fasttrace.settings import Settings
 
 if TYPE_CHECKING:
     from fasttrace.aggregate import Averages
@@ -75,15 +78,15 @@ def run(
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first malformed row or fact.")] = False,
     stream: Stream = None,
-    window: Window = 10,
-    noise: Noise = "s3",
+    window: Window = Settings.window,
+    noise: Noise = str(Settings.noise),
     noise_subjects: NoiseSubjects = None,
-    samples: Samples = 10,
-    seed: Seed = 1,
-    engine: Engine = "auto",
+    samples: Samples = Settings.samples,
+    seed: Seed = Settings.seed,
+    engine: Engine = Settings.engine,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    budget: TokenBudget = "auto",
+    budget: TokenBudget = str(Settings.budget),
     shard: Annotated[
         str, typer.Option(help="What processes share out: facts, or the cells of one prompt after the other.")
     ] = "facts",
@@ -98,31 +101,34 @@ def run(
     """Trace a set of facts into a folder; run it again to go on, under accelerate launch to use more devices."""
     from fasttrace.datasets import check_answers, read_facts
     from fasttrace.distributed import Ranks
-    from fasttrace.many import check_compat
+    from fasttrace.file_sets import check_writable
     from fasttrace.progress import FactsBar
+    from fasttrace.runs import SHARDS
     from fasttrace.runs import run as run_facts
 
+    subjects = None if noise_subjects is None else read_subjects(noise_subjects)
+    options = {"window": window, "noise": number_or_text(noise, float), "noise_subjects": subjects}
+    options |= {"samples": samples, "seed": seed, "engine": engine, "budget": number_or_text(budget, int)}
+    options |= {"require_correct": require_correct, "strict": strict, "streams": stream and tuple(stream)}
+    options |= {"compat": compat} if compat else {}
+    Settings(**options)
+    one_of("shard", shard, SHARDS)
+    check_writable(out)
     ranks = Ranks.current(cpu=device.startswith("cpu"))
     if not ranks.is_first:
         _say_only_errors()
-    check_compat(compat)
     found = read_facts(facts if facts == "builtin" else Path(facts), strict=strict, limit=limit)
     if require_correct:
         check_answers(found)
-    subjects = None if noise_subjects is None else read_subjects(noise_subjects)
     loading = {"dtype": dtype, "revision": revision, "modules": module_paths(module), "fuse": fuse}
     loading |= {"device_map": device_map, "offload_folder": offload_folder, "trust_remote_code": trust_remote_code}
     device = ranks.device if device == "auto" and device_map is None else device
     tracer = ranks.in_turn(lambda: load_model(model, device=device, say=ranks.is_first, **loading))
-    options = {"window": window, "noise": number_or_text(noise, float), "noise_subjects": subjects}
-    options |= {"samples": samples, "seed": seed, "engine": engine, "budget": number_or_text(budget, int)}
-    options |= {"compat": compat} if compat else {}
-    options |= {"require_correct": require_correct, "strict": strict, "streams": stream and tuple(stream)}
     quiet = quiet or not ranks.is_first
     with FactsBar(quiet) as bar:
         outcome = run_facts(tracer, found, out, ranks=ranks, shard=shard, progress=None if quiet else bar, **options)
     if ranks.is_first:
-        typer.echo(_summary(outcome, out))
+        say(_summary(outcome, out))
     if not outcome.traced:
         if ranks.is_first:
             tell(f"error: none of the {outcome.facts} facts could be traced: {_commonest_reason(outcome)}")
@@ -201,7 +207,7 @@ def export(
     shown = store.coverage(everything)
     where = out or (_inside(folder, format) if format in EXPORTS else folder)
     paths = export_store(store, where, format, shown=shown, spreadsheet_safe=spreadsheet_safe)
-    typer.echo(f"wrote {len(paths)} files to {where}")
+    say(f"wrote {len(paths)} files to {where}")
     _say(shown, allow_incomplete)
 
 
@@ -235,8 +241,8 @@ def average(
             paths[-1].write_text("".join(f"{note}\n" for note in shown.notes), encoding="utf-8")
         if find_spec("plotnine") is not None:
             paths += _averages_drawn(averages, scratch)
-    typer.echo(summary.averages_text(averages))
-    typer.echo("\nwrote\n" + "\n".join(f"  {where / path.name}" for path in paths))
+    written = "\n".join(f"  {where / path.name}" for path in paths)
+    say(f"{summary.averages_text(averages)}\n\nwrote\n{written}")
     _say(shown, allow_incomplete)
 
 
@@ -270,5 +276,5 @@ def report(
         notes=(*store.notes, *shown.notes),
         missing=shown.missing,
     )
-    typer.echo(f"wrote {path}")
+    say(f"wrote {path}")
     _say(shown, allow_incomplete)

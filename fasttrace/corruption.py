@@ -9,7 +9,6 @@ is left of the subject is its noised embedding, as in any other model. The noise
 """
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttrace.errors import PlanError
+from fasttrace.settings import noise_factor, noise_value
 
 
 @dataclass(frozen=True)
@@ -100,25 +100,20 @@ def sigma_of(
         device: where the embedding takes its ids.
 
     Raises:
-        PlanError: neither a number nor a rule.
+        PlanError: an unknown rule, or one without subjects to measure.
 
     Source: the noise rules of the code published with Meng et al. (2022).
     """
+    noise = noise_value(noise)
     if isinstance(noise, str):
-        return _factor(noise) * _embedding_std(embedding, subjects, device)
-    if isinstance(noise, bool) or not isinstance(noise, (int, float, np.floating)):
-        raise PlanError(f'noise is {noise!r}: give a number, or a rule such as "s3"')
-    return float(noise)
-
-
-def _factor(rule: str) -> float:
-    match = re.fullmatch(r"s(\d*\.?\d*)", rule.strip())
-    if match is None or match[1] == ".":
-        raise PlanError(f'noise rule {rule!r} is unknown: give a number, or "s3" for 3 x std of the subject embeddings')
-    return float(match[1] or 1)
+        return noise_factor(noise) * _embedding_std(embedding, subjects, device)
+    return noise
 
 
 def _embedding_std(embedding: nn.Module, subjects: Sequence[Sequence[int]], device: torch.device | str) -> float:
+    if not subjects:
+        raise PlanError("noise_subjects is empty, and the noise is measured on them: give at least one subject")
     with torch.no_grad():
-        outputs = [embedding(torch.tensor([list(ids)], device=device)).float().flatten() for ids in subjects]
+        tokens = (torch.tensor([list(ids)], dtype=torch.long, device=device) for ids in subjects)
+        outputs = [embedding(ids).float().flatten() for ids in tokens]
     return torch.cat(outputs).std().item()

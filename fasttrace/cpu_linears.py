@@ -111,10 +111,14 @@ def settle(of_all: Iterable[Choices]) -> None:
 def _measured(threads: int, probe: Probe) -> bool:
     if not _has_onednn():
         return False
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(probe.tokens, probe.inputs, generator=generator)
+    plain: dict[str, Any] = {
+        "generator": torch.Generator("cpu").manual_seed(0),
+        "dtype": torch.float32,
+        "device": "cpu",
+    }
+    hidden = torch.randn(probe.tokens, probe.inputs, **plain)
     lies = (probe.inputs, probe.outputs) if probe.turned else (probe.outputs, probe.inputs)
-    weight = torch.randn(lies, generator=generator)
+    weight = torch.randn(lies, **plain)
     weight = weight.t() if probe.turned else weight
     error = torch.linalg.norm(onednn_linear(hidden, weight, None) - nn.functional.linear(hidden, weight))
     if not error <= LARGEST_ERROR * torch.linalg.norm(nn.functional.linear(hidden, weight)):
@@ -212,7 +216,8 @@ def _is_gelu_of_product(mlp: nn.Module, down: nn.Module, up: Any, gelu: nn.Modul
 def _same_with_gelu_joined(mlp: Any, down: Any, up: Any, gelu: nn.Module) -> bool:
     """Whether the down projection gets the same either way."""
     inputs = up.weight.shape[0 if isinstance(up, Conv1D) else 1]
-    hidden = torch.randn(1, 4, inputs, generator=torch.Generator().manual_seed(0)).to(up.weight.dtype)
+    generator = torch.Generator("cpu").manual_seed(0)
+    hidden = torch.randn(1, 4, inputs, generator=generator, dtype=torch.float32, device="cpu").to(up.weight.dtype)
     seen: list[Tensor] = []
     forward = down.forward
 

@@ -9,13 +9,13 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from fasttrace.errors import PromptError, StoreError
+from fasttrace.checks import flag, path_of, shown, whole_number
+from fasttrace.errors import PlanError, PromptError, StoreError
 from fasttrace.fact_columns import normal
 from fasttrace.fact_files import Row, Rows, check_columns, read_rows, rows_of_json, rows_of_table
 from fasttrace.fact_rows import Fact, checked, fact_of
@@ -24,6 +24,9 @@ __all__ = ["BUILTIN", "BadRow", "Fact", "FactSet", "check_answers", "read_facts"
 
 BUILTIN = "builtin"
 """The name of the set of facts that comes with fasttrace."""
+
+HOPELESS = 10_000
+"""Rows without a fact among them, after which no more are read: the source may have no end."""
 
 SHOWN = 3
 """Malformed rows that a message names; all of them are in the set."""
@@ -108,8 +111,7 @@ def read_facts(source: Any, *, strict: bool = False, limit: int | None = None) -
         StoreError: the source cannot be read, or its columns are not those of facts.
         PromptError: no fact in it, or with `strict` a malformed row; it names the place and the reason.
     """
-    if limit is not None and limit < 1:
-        raise PromptError(f"limit is {limit}: give at least 1, or None for all facts")
+    strict, limit = flag("strict", strict, error=PromptError), None if limit is None else _limit(limit)
     name, found = _rows_of(source)
     gathered = _Gathered()
     gathered.read(found, strict, limit, whole=not isinstance(source, Iterator))
@@ -125,6 +127,13 @@ def read_facts(source: Any, *, strict: bool = False, limit: int | None = None) -
         logger.warning("%s: %s", found.name, told)
     subjects = source.subjects if isinstance(source, FactSet) else tuple(gathered.subjects)
     return FactSet(name, tuple(facts), tuple(bad), subjects, tuple(gathered.columns))
+
+
+def _limit(limit: Any) -> int:
+    try:
+        return whole_number("limit", limit, 1)
+    except PlanError:
+        raise PromptError(f"limit is {shown(limit)}: give at least 1, or None for all facts") from None
 
 
 def check_answers(facts: FactSet) -> None:
@@ -156,7 +165,8 @@ def _rows_of(source: Any) -> tuple[str, Rows]:
         content = resources.files("fasttrace").joinpath("data", "facts.json").read_text(encoding="utf-8")
         return BUILTIN, rows_of_json(content, "the built-in set")
     if isinstance(source, str | os.PathLike):
-        return Path(source).name, read_rows(Path(source))
+        path = path_of("source", source)
+        return path.name, read_rows(path)
     name = source.name if isinstance(source, FactSet) else type(source).__name__
     if not isinstance(source, pd.DataFrame | pd.Series):
         table = rows_of_table(source, name)
@@ -175,7 +185,7 @@ def _values_of(source: Any, name: str) -> Iterable[Any]:
         return [dict(zip(source.dtype.names, row, strict=True)) for row in source.ravel().tolist()]
     if isinstance(source, Mapping):
         return _rows_of_columns(source, name)
-    if not isinstance(source, Iterable) or isinstance(source, bytes):
+    if not _is_iterable(source):
         raise StoreError(f"found {name}: give 'builtin', the path of a file, a DataFrame, or an iterable of facts")
     columns = getattr(source, "column_names", None)
     if isinstance(columns, list):
@@ -195,6 +205,17 @@ def _rows_of_columns(source: Mapping[Any, Any], name: str) -> list[dict[Any, Any
         each = ", ".join(f"{column} {length}" for column, length in lengths.items())
         raise StoreError(f"the columns of a {name} differ in length ({each}): give them a value for every fact")
     return [dict(zip(source, row, strict=True)) for row in zip(*source.values(), strict=True)]
+
+
+def _is_iterable(source: Any) -> bool:
+    """Whether it has rows; bytes have none, and arrays of no axis only look as if they had."""
+    if isinstance(source, bytes | bytearray | memoryview | type):
+        return False
+    try:
+        iter(source)
+    except Exception:  # whatever the object does when it is asked
+        return False
+    return True
 
 
 # From rows to facts.
@@ -236,6 +257,8 @@ class _Gathered:
                 self.bad.append(BadRow(row.line, str(error), found.unit))
                 if strict:
                     raise PromptError(f"{found.name}, {self.bad[-1]}; correct it, or skip it without strict") from None
+                if not self.facts and len(self.bad) == HOPELESS:
+                    break
                 continue
             self.subjects.append(fact.subject)
             if not full:

@@ -26,7 +26,7 @@ class PromptError(FasttraceError):
 
 
 class PlanError(FasttraceError):
-    """The sweep is not one: an unknown stream, a window below 1, an edit outside the prompt."""
+    """An argument that cannot be used: an unknown stream, a window below 1, an edit outside the prompt."""
 
 
 class ModelError(FasttraceError):
@@ -34,7 +34,7 @@ class ModelError(FasttraceError):
 
 
 class EngineError(FasttraceError):
-    """An engine cannot run this model, or its self-check found wrong numbers."""
+    """An engine cannot run this model, its self-check found wrong numbers, or memory ran out."""
 
 
 class NumericsError(FasttraceError):

@@ -34,6 +34,8 @@ from typing import Any
 import pandas as pd
 
 from fasttrace.cells import SITES
+from fasttrace.checks import flag, instance, path_of
+from fasttrace.checks import shown as shown_value
 from fasttrace.coverage import Coverage
 from fasttrace.errors import StoreError
 from fasttrace.file_sets import one_set
@@ -78,9 +80,14 @@ def export(
         StoreError: unknown kind, no traced facts, no stream that ROME knows, a folder that has files of others under
             the names of an export, or one that cannot be written to.
     """
-    if kind not in EXPORTS:
-        raise StoreError(f"unknown format {kind!r}: choose from {', '.join(EXPORTS)}")
-    out, made = Path(out), EXPORTS[kind]
+    if not isinstance(kind, str) or kind not in EXPORTS:
+        raise StoreError(f"unknown format {shown_value(kind)}: choose from {', '.join(EXPORTS)}")
+    store, out, made = (
+        instance("store", store, Store, "Store.read", error=StoreError),
+        path_of("out", out),
+        EXPORTS[kind],
+    )
+    spreadsheet_safe = flag("spreadsheet_safe", spreadsheet_safe, error=StoreError)
     _check_apart(store.folder, out)
     _earlier(out, kind)
     shown = store.told(shown)

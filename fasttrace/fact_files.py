@@ -226,9 +226,10 @@ def rows_of_table(source: Any, name: str) -> Rows | None:
     Raises:
         StoreError: its columns are not those of facts, or it has to be computed first.
     """
-    if hasattr(source, "collect") and hasattr(source, "lazy"):
+    kind = type(source)
+    if hasattr(kind, "collect") and hasattr(kind, "lazy"):
         raise StoreError(f"found a {name}, which is not computed yet: give {name}.collect()")
-    if not hasattr(source, "__arrow_c_stream__") and not hasattr(source, "__arrow_c_array__"):
+    if not hasattr(kind, "__arrow_c_stream__") and not hasattr(kind, "__arrow_c_array__"):
         return None
     try:
         table = pa.table(source)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from fasttrace.errors import StoreError
 from fasttrace.files import HOUR, TEMPORARY, remove_stale
@@ -33,16 +34,22 @@ SCRATCH = re.compile(re.escape(TEMPORARY) + "[0-9a-f]{16}")
 
 
 def check_writable(folder: Path) -> None:
-    """Refuses a folder that cannot be made or written to.
+    """Refuses a folder that cannot be made or written to, which is tried; nothing stays behind.
 
     Raises:
         StoreError: it is a file, or lies in one, or may not be written to.
     """
-    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    if not existing.is_dir():
-        raise StoreError(f"{existing} is a file, expected a folder: give another one with --out")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise StoreError(f"{existing} cannot be written to: give another folder with --out")
+    folder = folder.absolute()
+    try:
+        existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        if not existing.is_dir():
+            raise StoreError(f"{existing} is a file, expected a folder: give another one with --out")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise StoreError(f"{existing} cannot be written to: give another folder with --out")
+        with TemporaryDirectory(prefix=TEMPORARY, dir=existing) as scratch:
+            Path(scratch, os.path.relpath(folder, existing)).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"{folder} cannot be written to ({error.strerror}): give another folder with --out") from error
 
 
 @contextmanager

@@ -48,8 +48,8 @@ class Fork:
 
     def __init__(self, anatomy: Anatomy, state: PackState):
         self.axes, self.state = anatomy.mixer_axes, state
-        self.group = GroupOnDevice(0, 0, 0, 0, 1, 0, torch.zeros(0))
-        self.base_output = torch.zeros(0)
+        self.group = GroupOnDevice(0, 0, 0, 0, 1, 0, torch.zeros(0, device="cpu"))
+        self.base_output = torch.zeros(0, device="cpu")
 
     def attend(self, forward: Callable[..., Any], cache: str, *args: Any, **kwargs: Any) -> Any:
         """An attention module's forward over the pack, in place of its own."""
@@ -131,7 +131,7 @@ class _Prefix:
     """Stands for a cache of earlier keys and values: those of the base rows, which come first in a block."""
 
     def __init__(self):
-        self.group = GroupOnDevice(0, 0, 0, 0, 1, 0, torch.zeros(0))
+        self.group = GroupOnDevice(0, 0, 0, 0, 1, 0, torch.zeros(0, device="cpu"))
         self.base: tuple[Tensor, Tensor] | None = None
 
     def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

@@ -162,7 +162,7 @@ def window_of_mask(mask: Tensor | None) -> int | None:
     seen = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] == 0
     n_positions = len(seen)
     window = int(seen[-1].sum())
-    ones = torch.ones(n_positions, n_positions, dtype=torch.bool)
+    ones = torch.ones(n_positions, n_positions, dtype=torch.bool, device="cpu")
     band = ones.tril() & ones.triu(1 - window)
     if not torch.equal(seen, band):
         return 0

@@ -61,6 +61,21 @@ def choose_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
+def check_place(
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    device_map: DeviceMap | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+) -> None:
+    """Raises what `load` would raise of these, before anything is fetched or read.
+
+    Raises:
+        ModelError: an unknown dtype or device, one that is not there, or both a device and a device map.
+    """
+    _dtype_name(dtype)
+    _place(device, device_map, None, offload_folder)
+
+
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """The type of that name; "auto" is float16 on a GPU and float32 on a CPU.
 
@@ -69,15 +84,20 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     Raises:
         ModelError: not a name of a floating-point type.
     """
-    name = str(dtype).removeprefix("torch.")
+    name = _dtype_name(dtype)
     if name == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
-    if name not in DTYPES:
-        raise ModelError(f"unknown dtype {name!r}; choose from auto, {', '.join(DTYPES)}")
     if name == "float16" and device.type == "cpu":
         logger.warning("float16 runs at a hundredth of float32's speed on a CPU; using bfloat16")
         return torch.bfloat16
     return DTYPES[name]
+
+
+def _dtype_name(dtype: str | torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    if name not in ("auto", *DTYPES):
+        raise ModelError(f"unknown dtype {name!r}; choose from auto, {', '.join(DTYPES)}")
+    return name
 
 
 def load(

@@ -200,13 +200,22 @@ def differences(
     return [f"{key} {_shown(left, key)} {places[0]}, {_shown(right, key)} {places[1]}" for key in keys]
 
 
-def plain_json(values: Mapping[str, Any]) -> dict[str, Any]:
+def plain_json(values: Mapping[str, Any], name: str = "fingerprint") -> dict[str, Any]:
     """Turns values into what JSON gives back: tuples into lists, numbers of numpy into plain ones.
+
+    Args:
+        values: by name.
+        name: what they are, for the message.
 
     Raises:
         StoreError: a value that JSON cannot hold.
     """
-    return json.loads(json.dumps(dict(values), default=_plain_number))
+    try:
+        return json.loads(json.dumps(dict(values), default=_plain_number))
+    except StoreError:
+        raise
+    except (TypeError, ValueError, RecursionError) as error:
+        raise StoreError(f"{name} goes into a manifest, which is JSON ({error}): give texts, numbers, lists") from error
 
 
 def _plain_number(value: Any) -> Any:

@@ -14,18 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fasttrace.checks import memory_told
 from fasttrace.cost import Cost
 from fasttrace.datasets import Fact, check_answers, read_facts
 from fasttrace.engines import LAYOUTS, READY
 from fasttrace.engines.job import Job
-from fasttrace.engines.memory import Budget, tokens_allowed
+from fasttrace.engines.memory import Budget, check_samples, tokens_allowed
 from fasttrace.engines.passes import run_together
 from fasttrace.engines.select import prompts_share_passes
-from fasttrace.errors import NumericsError, PlanError, PromptError
+from fasttrace.errors import NumericsError, PromptError
 from fasttrace.hooks import evaluating
 from fasttrace.ops import fused
 from fasttrace.prompts import Prompt, token_text
 from fasttrace.readout import CHUNK_BYTES, Scores
+from fasttrace.settings import Settings
 from fasttrace.stores import Record
 from fasttrace.sweeps import Sweep
 
@@ -104,15 +106,7 @@ class Study:
         Raises:
             PromptError: one cannot be, and `strict`.
         """
-        encoded, refused = [], []
-        for fact in facts:
-            try:
-                encoded.append(Encoded(fact, self.encode(fact)))
-            except PromptError as error:
-                if self.strict:
-                    raise PromptError(f"fact {fact.id!r}: {error}") from error
-                refused.append(Record(fact, reason=str(error)))
-        return encoded, refused
+        return encoded_facts(facts, self.encode, self.strict)
 
     def known(self, facts: Sequence[Encoded]) -> tuple[list[Encoded], list[Record]]:
         """Of facts that all have to be known by the model: those that are, and those that are skipped.
@@ -175,7 +169,7 @@ class Study:
         Args:
             packs: asked for one by one, one ahead of what is computed.
         """
-        with ThreadPoolExecutor(1, "fasttrace-planner") as planner:
+        with memory_told("tracing"), ThreadPoolExecutor(1, "fasttrace-planner") as planner:
             upcoming = None
             for pack in packs:
                 current, upcoming = upcoming, planner.submit(self._planned, pack)
@@ -188,7 +182,7 @@ class Study:
         jobs = [self.sweep.job(each.prompt) for each in facts]
         make_ready, layout = READY.get(self.sweep.choice.name), LAYOUTS.get(self.sweep.choice.name)
         if len(jobs) == 1 or make_ready is None:
-            if layout is not None:
+            if layout is not None and jobs[0].peak_tokens(self.sweep.anatomy.n_layers, layout) <= self.budget.tokens:
                 jobs[0].plan(self.sweep.anatomy.n_layers, layout)  # into the cache, where the engine looks first
             return Planned(facts, jobs)
         return Planned(facts, jobs, make_ready(self.sweep.anatomy, jobs, self.fuse))
@@ -223,45 +217,42 @@ class Study:
         return Record(each.fact, reason=str(error))
 
 
-def study_of(
-    tracer: "Tracer",
-    facts: Any,
-    *,
-    streams: Sequence[str] | None = None,
-    window: int = 10,
-    noise: float | str = "s3",
-    noise_subjects: Sequence[str | Sequence[int]] | None = None,
-    samples: int = 10,
-    seed: int = 1,
-    engine: str = "auto",
-    budget: int | str = "auto",
-    require_correct: bool = False,
-    strict: bool = False,
-    compat: str | None = None,
-) -> tuple[Study, list[Encoded], list[Record]]:
-    """A study and its facts as tokens; see `Tracer.trace_many`."""
-    check_compat(compat)
-    found = read_facts(facts, strict=strict)
-    if require_correct:
+def study_of(tracer: "Tracer", facts: Any, **options: Any) -> tuple[Study, list[Encoded], list[Record]]:
+    """A study, its facts as tokens, and those that cannot be; options are those of `Tracer.trace_many`."""
+    settings = Settings(first_target_token=True, **options)
+    found = read_facts(facts, strict=settings.strict)
+    if settings.require_correct:
         check_answers(found)
-    windows = tracer.windows(streams, window)
-    allowed = tokens_allowed(tracer.anatomy, budget)
-    subjects = found.subjects if noise_subjects is None else noise_subjects
-    sweep = tracer.sweep(windows, noise, subjects, samples, seed, engine)
+    windows = tracer.windows(settings.streams, settings.window)
+    allowed = tokens_allowed(tracer.anatomy, settings.budget)
     encode = partial(_encode, tracer)
-    study = Study(sweep, encode, tracer.fuse, Budget(allowed), require_correct, strict, compat)
+    encoded, refused = encoded_facts(found.facts, encode, settings.strict)
+    check_samples(tracer.anatomy, settings.samples, windows, [each.prompt for each in encoded])
+    subjects = settings.noise_subjects or found.subjects
+    sweep = tracer.sweep(windows, settings.noise, subjects, settings.samples, settings.seed, settings.engine)
+    how = (settings.require_correct, settings.strict, settings.compat)
+    study = Study(sweep, encode, tracer.fuse, Budget(allowed), *how)
     study = replace(study, sweep=replace(sweep, about={**sweep.about, "target_rule": study.target_rule}))
-    return study, *study.encoded(found.facts)
+    return study, encoded, refused
 
 
-def check_compat(compat: Any) -> None:
-    """Refuses an unknown rule for what the model knows.
+def encoded_facts(
+    facts: Iterable[Fact], encode: Callable[[Fact], Prompt], strict: bool
+) -> tuple[list[Encoded], list[Record]]:
+    """Facts as tokens, and those that cannot be.
 
     Raises:
-        PlanError: neither None nor "rome".
+        PromptError: one cannot be, and `strict`.
     """
-    if not (compat is None or compat == "rome"):
-        raise PlanError(f'compat is {compat!r}: give "rome", or None')
+    encoded, refused = [], []
+    for fact in facts:
+        try:
+            encoded.append(Encoded(fact, encode(fact)))
+        except PromptError as error:
+            if strict:
+                raise PromptError(f"fact {fact.id!r}: {error}") from error
+            refused.append(Record(fact, reason=str(error)))
+    return encoded, refused
 
 
 def _encode(tracer: "Tracer", fact: Fact) -> Prompt:
@@ -295,7 +286,8 @@ def clean_tops(sweep: Sweep, prompts: Sequence[Prompt]) -> list[int]:
             numbers, size = list(same), max(1, CHUNK_BYTES // (4 * anatomy.vocabulary * length))
             for begin in range(0, len(numbers), size):
                 part = numbers[begin : begin + size]
-                ids = torch.tensor([prompts[number].token_ids for number in part], device=anatomy.device)
+                tokens = [prompts[number].token_ids for number in part]
+                ids = torch.tensor(tokens, dtype=torch.long, device=anatomy.device)
                 found = anatomy.model(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1).tolist()
                 for number, top in zip(part, found, strict=True):
                     tops[number] = top

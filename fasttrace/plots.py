@@ -7,13 +7,13 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from fasttrace.checks import instance, path_of, whole_number
 from fasttrace.errors import FasttraceError, StoreError
 from fasttrace.files import atomic_write
 from fasttrace.results import TraceResult
@@ -26,6 +26,8 @@ __all__ = ["PlotError", "plot_figure", "plot_stream", "save_figure"]
 
 SHORT_NAMES = {"mlp_activation": "mlp", "mlp_output": "mlp", "attention_output": "attn"}
 FORMATS = (".png", ".pdf", ".svg")
+DPI = (10, 2400)
+"""Fewest dots per inch of a PNG, with which letters still have some, and most: 27,000 columns for three panels."""
 PANELS_PER_ROW = 3
 PANEL_WIDTH = 3.8
 MARGIN_HEIGHT = 1.05
@@ -70,6 +72,7 @@ def plot_stream(result: TraceResult, stream: str) -> "ggplot":
         PlanError: the stream was not traced.
         PlotError: plotnine is not installed.
     """
+    instance("result", result, TraceResult, "Tracer.trace")
     size = _plotnine().theme(figure_size=(PANEL_WIDTH, _height(result)))
     return _panel(result, stream, PANEL_WIDTH) + _headline(result, PANEL_WIDTH) + size
 
@@ -86,6 +89,7 @@ def plot_figure(result: TraceResult) -> "ggplot | Compose":
     Raises:
         PlotError: plotnine is not installed.
     """
+    instance("result", result, TraceResult, "Tracer.trace")
     if len(result.streams) == 1:
         return plot_stream(result, result.streams[0])
     columns = min(len(result.streams), PANELS_PER_ROW)
@@ -108,7 +112,8 @@ def save_figure(result: TraceResult, path: str | os.PathLike[str], dpi: int = 20
         PlotError: plotnine is not installed.
         StoreError: another suffix, or the file cannot be written.
     """
-    suffix = Path(path).suffix.lower()
+    path, dpi = path_of("path", path, file=True), dots_per_inch(dpi)
+    suffix = path.suffix.lower()
     if suffix not in FORMATS:
         raise StoreError(f"cannot tell the format of {path}: give a name that ends in {', '.join(FORMATS)}")
     figure = plot_figure(result) + _plotnine().theme(dpi=dpi)
@@ -116,6 +121,15 @@ def save_figure(result: TraceResult, path: str | os.PathLike[str], dpi: int = 20
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         warnings.filterwarnings("ignore", "Matplotlib currently does not support", UserWarning)
         figure.draw().savefig(temporary, format=suffix[1:])
+
+
+def dots_per_inch(value: Any) -> int:
+    """Dots per inch that a PNG may have.
+
+    Raises:
+        PlanError: no whole number, or outside of `DPI`.
+    """
+    return whole_number("dpi", value, *DPI, meaning="dots per inch")
 
 
 def _plotnine() -> ModuleType:

@@ -78,7 +78,7 @@ def row_probabilities(anatomy: Anatomy, states: Tensor, targets: Tensor, as_outp
     with evaluating(anatomy.model):
         chunks = states.split(chunk, anatomy.row_axis) if len(targets) else []
         parts = [_tail(anatomy, *part, as_output) for part in zip(chunks, targets.split(chunk), strict=False)]
-    return torch.cat(parts) if parts else torch.zeros(0, device=states.device)
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float32, device=states.device)
 
 
 def _tail(anatomy: Anatomy, states: Tensor, targets: Tensor, as_output: Callable[[Tensor], Any]) -> Tensor:

@@ -9,20 +9,19 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fasttrace import plots
 from fasttrace.aggregate import Averages, average
 from fasttrace.average_plots import LEGENDS, ROLE_COLORS, ROLE_NAMES, layer_title, lowest
+from fasttrace.checks import items, mapping, objects, path_of, text, whole_number
 from fasttrace.errors import PlanError
 from fasttrace.files import atomic_write
+from fasttrace.parts import Record
 from fasttrace.plots import PlotError
 from fasttrace.results import TraceResult
-
-if TYPE_CHECKING:
-    from fasttrace.stores import Record
 
 __all__ = ["write_report"]
 
@@ -31,7 +30,7 @@ DIGITS = 6
 
 
 def write_report(
-    records: Iterable["Record"],
+    records: Iterable[Record],
     path: str | os.PathLike[str],
     *,
     title: str | None = None,
@@ -63,6 +62,12 @@ def write_report(
         PlotError: plotly is not installed.
         StoreError: the file cannot be written.
     """
+    path = path_of("path", path, file=True)
+    title = None if title is None else text("title", title)
+    about = None if about is None else mapping("about", about)
+    notes, bad_rows = items("notes", notes, "a list of sentences"), items("bad_rows", bad_rows, "a list of rows")
+    missing = whole_number("missing", missing, 0, meaning="facts")
+    records = objects("records", records, Record, "Store.records() or Tracer.trace_many")
     script = _plotly_script()
     run = _Run()
     averages, reason = run.read(records)
@@ -77,7 +82,7 @@ def write_report(
     }
     with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(_page(payload, run.grids, script))
-    return Path(path)
+    return path
 
 
 class _Run:
@@ -93,7 +98,7 @@ class _Run:
     def shared(self) -> dict[str, Any]:
         return self.metadata or {}
 
-    def read(self, records: Iterable["Record"]) -> tuple[Averages | None, str | None]:
+    def read(self, records: Iterable[Record]) -> tuple[Averages | None, str | None]:
         """Reads all records; gives their averages, or why there are none."""
         seen = self._seen(records)
         try:
@@ -102,7 +107,7 @@ class _Run:
             deque(seen, maxlen=0)  # the page shows what cannot be averaged all the same
             return None, str(error)
 
-    def _seen(self, records: Iterable["Record"]) -> Iterator["Record"]:
+    def _seen(self, records: Iterable[Record]) -> Iterator[Record]:
         for record in records:
             self.facts.append(_fact(record))
             self.grids.append(record.result and _grids(record.result))
@@ -131,7 +136,7 @@ class _Run:
         }
 
 
-def _fact(record: "Record") -> dict[str, Any]:
+def _fact(record: Record) -> dict[str, Any]:
     fact = record.fact
     row = {
         "id": fact.id,

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from fasttrace.checks import flag, path_of, shown, whole_number
 from fasttrace.cost import Cost
 from fasttrace.errors import PlanError, StoreError
 from fasttrace.files import as_utf8, atomic_write, read_parquet, write_parquet
@@ -169,7 +170,7 @@ class TraceResult:
         Raises:
             PlanError: the stream was not traced, or n is below 1.
         """
-        _check_count(n)
+        n = count_of(n)
         frame = self._stream_frame(_known("stream", stream, self.streams))
         return frame.sort_values("indirect_effect", ascending=False, kind="stable", ignore_index=True).head(n)
 
@@ -187,7 +188,8 @@ class TraceResult:
             PlanError: unknown run, or n below 1 or above what the result keeps.
         """
         rows = self.top[_known("run", run, tuple(self.top))]
-        if _check_count(n) > len(rows):
+        n = count_of(n)
+        if n > len(rows):
             raise PlanError(f"n={n}: this result keeps the {len(rows)} most probable tokens; ask for fewer")
         ids, tokens, probs = zip(*rows[:n], strict=True)
         return pd.DataFrame({"id": ids, "token": [as_utf8(token) for token in tokens], "prob": probs})
@@ -237,7 +239,7 @@ class TraceResult:
         Raises:
             StoreError: the file cannot be written.
         """
-        write_parquet(path, self.to_frame(), _payload(self))
+        write_parquet(path_of("path", path, file=True), self.to_frame(), _payload(self))
 
     def to_csv(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Writes one CSV per stream with the tutorial's columns ``layer,pos,prob``, layer by layer.
@@ -251,7 +253,8 @@ class TraceResult:
         Raises:
             StoreError: a file cannot be written.
         """
-        paths = {stream: Path(folder) / f"{plain_name(stream)}.csv" for stream in self.streams}
+        folder = path_of("folder", folder)
+        paths = {stream: folder / f"{plain_name(stream)}.csv" for stream in self.streams}
         for stream, path in paths.items():
             cells = self._stream_frame(stream).rename(columns={"position": "pos"})
             with atomic_write(path) as temporary:
@@ -285,7 +288,9 @@ class TraceResult:
             PlanError: the stream was not traced or has no name in ROME, or a folder without known_id.
             StoreError: the file cannot be written.
         """
-        file = rome_path(Path(path), known_id, stream)
+        file = rome_path(path_of("path", path), known_id, stream)
+        if correct_prediction is not None:
+            correct_prediction = flag("correct_prediction", correct_prediction)
         if correct_prediction is None:
             correct_prediction = self.target_id == self.top_tokens("clean", 1)["id"][0]
         arrays: Any = rome_arrays(self, stream) | {"correct_prediction": np.array(bool(correct_prediction))}
@@ -323,6 +328,7 @@ def load(path: str | os.PathLike[str]) -> TraceResult:
     Raises:
         StoreError: no such file, not a file of fasttrace, damaged, or written by a newer fasttrace.
     """
+    path = path_of("path", path)
     table, payload = read_parquet(path)
     try:
         result = _from_payload(payload, table)
@@ -332,16 +338,21 @@ def load(path: str | os.PathLike[str]) -> TraceResult:
     return result
 
 
-def _known(what: str, name: str, known: tuple[str, ...]) -> str:
-    if name not in known:
-        raise PlanError(f"unknown {what} {name!r}: this result has {', '.join(known)}")
+def _known(what: str, name: Any, known: tuple[str, ...]) -> str:
+    if not isinstance(name, str) or name not in known:
+        raise PlanError(f"unknown {what} {shown(name)}: this result has {', '.join(known)}")
     return name
 
 
-def _check_count(n: int) -> int:
-    if n < 1:
+def count_of(n: Any) -> int:
+    """How many rows are asked for.
+
+    Raises:
+        PlanError: no whole number, or below 1.
+    """
+    if whole_number("n", n) < 1:
         raise PlanError(f"n={n}: ask for at least 1")
-    return n
+    return whole_number("n", n)
 
 
 def _over(effect: np.ndarray, total: float) -> np.ndarray:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fasttrace.checks import shown, whole_number
 from fasttrace.errors import PlanError
 
 if TYPE_CHECKING:
@@ -34,12 +35,13 @@ def rome_file_name(known_id: int, stream: str) -> str:
         PlanError: ROME has no name for the stream.
     """
     kind = _rome_kind(stream)
+    known_id = whole_number("known_id", known_id, 0, meaning="number of a fact")
     return f"knowledge_{known_id}{'_' + kind if kind else ''}.npz"
 
 
 def _rome_kind(stream: str) -> str:
-    if stream not in ROME_KINDS:
-        raise PlanError(f"ROME has no files for stream {stream!r}: it knows {', '.join(ROME_KINDS)}")
+    if not isinstance(stream, str) or stream not in ROME_KINDS:
+        raise PlanError(f"ROME has no files for stream {shown(stream)}: it knows {', '.join(ROME_KINDS)}")
     return ROME_KINDS[stream]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fasttrace import cpu_linears, kernel_choice
+from fasttrace.checks import one_of
 from fasttrace.datasets import Fact, FactSet
 from fasttrace.distributed import CellSharded, Claims, Patience, Ranks, claims
 from fasttrace.engines.memory import Budget
@@ -100,8 +101,7 @@ def run(
         PlanError: an unknown shard, processes that would run different things, or see `Tracer.trace_many`, as for
             other errors.
     """
-    if shard not in SHARDS:
-        raise PlanError(f"unknown shard {shard!r}: give one of {', '.join(SHARDS)}")
+    one_of("shard", shard, SHARDS)
     ranks = ranks or Ranks.current(cpu=tracer.device.type == "cpu")
     check_same_facts(ranks, facts)
     study, encoded, refused = study_of(tracer, facts, **options)

@@ -21,6 +21,7 @@ import pandas as pd
 import pyarrow as pa
 
 from fasttrace.cells import SITES
+from fasttrace.checks import flag, instance, mapping, objects, path_of, whole_number
 from fasttrace.coverage import Coverage
 from fasttrace.datasets import Fact
 from fasttrace.errors import StoreError
@@ -102,7 +103,7 @@ class Store:
             StoreError: another run's store (it lists what differs), one of a newer format, an edited
                 manifest, or a folder that cannot be written to.
         """
-        folder, here = Path(folder), plain_json(fingerprint)
+        folder, here = path_of("folder", folder), plain_json(mapping("fingerprint", fingerprint, error=StoreError))
         if not os.path.exists(folder / MANIFEST):
             # Parts that have lost their manifest may be another run's: ask them before a new one is written.
             cls(folder, {"fingerprint": here, "facts": {}})._scan()
@@ -124,7 +125,8 @@ class Store:
         Raises:
             StoreError: no store, one of a newer format, or an edited manifest.
         """
-        return cls(Path(folder), read_manifest(Path(folder) / MANIFEST))
+        folder = path_of("folder", folder)
+        return cls(folder, read_manifest(folder / MANIFEST))
 
     @property
     def description(self) -> dict[str, Any]:
@@ -157,7 +159,8 @@ class Store:
         self._check_open()
         manifest = read_manifest(self.folder / MANIFEST)
         asked = {} if ids is None else {"ids": list(ids)}
-        self._facts = plain_json({"name": name, "n_facts": n_facts, "bad_rows": list(bad_rows), **asked})
+        about = {"name": name, "n_facts": n_facts, "bad_rows": list(bad_rows), **asked}
+        self._facts = plain_json(about, "bad_rows")
         if manifest["facts"] != self._facts:
             write_manifest(self.folder / MANIFEST, {**manifest, "facts": self._facts})
 
@@ -176,6 +179,7 @@ class Store:
         frame = self.facts(self.coverage(everything=True)).set_index("id")[list(SCORED)].astype(object)
         texts = frame.where(frame.notna(), None)
         there = {fact_id: dict(zip(SCORED, row, strict=True)) for fact_id, *row in texts.itertuples()}
+        facts = list(objects("facts", facts, Fact, "read_facts", error=StoreError))
         for fact in facts:
             if fact.id in there:
                 _check_same_fact(fact, there[fact.id])
@@ -197,6 +201,8 @@ class Store:
                 and the same run goes on from there.
         """
         self._check_open()
+        rank = whole_number("rank", rank, 0, error=StoreError)
+        records = list(objects("records", records, Record, "Tracer.trace_many", error=StoreError))
         if not records:
             raise StoreError("no records to write: give one or more")
         content = encode_part(records, self._columns(), self._here or {})
@@ -269,6 +275,7 @@ class Store:
         Raises:
             StoreError: a file cannot be read, or is another run's.
         """
+        everything = flag("everything", everything, error=StoreError)
         damaged = tuple(self._scan().values())
         places = self._places()
         named = self._facts.get("ids")
@@ -365,7 +372,7 @@ class Store:
     def told(self, shown: Coverage | None) -> Coverage:
         """The facts to show; a caller who did not choose them is told, by a warning, what is missing or left out."""
         if shown is not None:
-            return shown
+            return instance("shown", shown, Coverage, "Store.coverage", error=StoreError)
         shown = self.coverage()
         for note in shown.notes:
             logger.warning("%s: %s", self.folder, note)

@@ -60,7 +60,8 @@ class Sweep:
         """
         drawn = {"sigma": self.sigma, "samples": self.samples, "seed": self.seed, "neutral": self.anatomy.neutral_token}
         noise = draw(prompt.span, self.anatomy.d_model, **drawn)
-        return Job(torch.tensor(prompt.token_ids), noise, self._cells(len(prompt.token_ids)), prompt.target_id)
+        ids = torch.tensor(prompt.token_ids, dtype=torch.long, device="cpu")
+        return Job(ids, noise, self._cells(len(ids)), prompt.target_id)
 
     def _cells(self, n_positions: int) -> tuple[Cell, ...]:
         grids = (grid_cells(s, width, self.anatomy.n_layers, n_positions) for s, width in self.windows.items())
@@ -74,7 +75,8 @@ class Sweep:
         """
         if not np.isfinite(scores.cells).all():
             raise NumericsError(
-                f"probabilities came out as NaN in {self.anatomy.dtype}; try dtype='bfloat16' or 'float32'"
+                f"probabilities came out as NaN in {self.anatomy.dtype}, with noise of standard deviation "
+                f"{self.sigma:g}; try dtype='bfloat16' or 'float32', or less noise"
             )
         grids = scores.cells.reshape(len(self.windows), self.anatomy.n_layers, len(prompt.token_ids), -1)
         low = scores.corrupted[:, scores.target].astype(np.float64)

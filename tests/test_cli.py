@@ -13,7 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import fasttrace
-from fasttrace import cli, demo, outputs, tutorial
+from fasttrace import cli, cli_runs, demo, outputs, tutorial
+from fasttrace.settings import Settings
 
 PROMPT = "The Space Needle is in downtown"
 TEXT = [PROMPT + " Seattle", "The Eiffel Tower is located in the city of Paris"] * 20
@@ -492,3 +493,245 @@ def test_a_device_map_is_passed_on_and_a_wrong_one_is_an_error(folder, tmp_path,
     wrong = run("info", folder, "--device-map", "everywhere")
     assert wrong.exit_code == 2
     assert "device_map is 'everywhere': give auto, balanced" in wrong.stderr
+
+
+# What is wrong whatever the model is said before it is loaded; see `test_cli_runs.py` for runs.
+
+
+def unloaded(monkeypatch):
+    monkeypatch.setattr("fasttrace.api.load", lambda *_args, **_options: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(demo, "model_folder", lambda *_args, **_options: pytest.fail("the model was fetched"))
+
+
+def said(done):
+    """The one line on stderr."""
+    assert done.exit_code == 2, done.output
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert done.stdout == ""
+    return line
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--window", 0), "window is 0"),
+        (("--window", 10**30), "window is 1000"),
+        (("--window", "x"), "'--window': 'x' is not a valid int"),
+        (("--samples", 0), "samples is 0"),
+        (("--samples", 10**8), "samples is 100000000: expected a whole number from 1 to 1000000"),
+        (("--samples", 10**30), "samples is 1000"),
+        (("--samples", 2.5), "'--samples': '2.5' is not a valid int"),
+        (("--seed", -1), "seed is -1: expected a whole number from 0 to 4294967295"),
+        (("--seed", 2**32), "seed is 4294967296"),
+        (("--noise", "x"), "noise rule 'x' is unknown"),
+        (("--noise", "nan"), "noise has standard deviation nan"),
+        (("--noise", "-1"), "noise has standard deviation -1.0"),
+        (("--noise", "s" + "9" * 400), "the factor of noise is inf"),
+        (("--budget", "x"), "budget is 'x'"),
+        (("--budget", 0), "budget is 0"),
+        (("--budget", "9" * 5000), "budget is"),
+        (("--engine", "x"), "unknown engine 'x'"),
+        (("--stream", "x"), "unknown stream 'x'"),
+        (("--stream", "mlp_output", "--stream", "mlp_output"), "given twice"),
+        (("--dtype", "x"), "unknown dtype 'x'"),
+        (("--device", "x"), "unknown device 'x'"),
+        (("--device", "cuda:99"), "device 'cuda:99' is not there"),
+        (("--device", "meta"), "device 'meta'"),
+        (("--device-map", "x"), "device_map is 'x'"),
+        (("--device", "cpu", "--device-map", "auto"), "give one of them"),
+        (("--module", "x"), "--module is 'x'"),
+        (("--noise-subjects", "none.txt"), "cannot read subjects from none.txt"),
+        (("--target-id", -1), "--target-id is -1"),
+        (("--target-id", 1, "--target", "a"), "the target is given twice"),
+        (("--target", ""), "the target is empty"),
+        (("--span", "0:2"), "the subject is missing or given twice"),
+        (("--no-such-option",), "--no-such-option"),
+    ],
+)
+def test_a_wrong_option_is_one_line_before_the_model_is_loaded(options, named, monkeypatch):
+    unloaded(monkeypatch)
+    assert named in said(run("trace", PROMPT, "--subject", "The Space Needle", *options))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("trace", PROMPT), "the subject is missing"),
+        (("trace", PROMPT, "--span", "5:2"), "--span is '5:2' and holds no token"),
+        (("trace", PROMPT, "--span", "x"), "--span is 'x'"),
+        (("trace", PROMPT, "--span", f"0:{'9' * 5000}"), "--span has a number of 5000 digits"),
+        (("trace", " ", "--subject", "a"), "the prompt is ' ', which is empty"),
+        (("trace", PROMPT, "--subject", ""), "subject is '', which is empty"),
+        (("trace", "1 2 x", "--ids", "--span", "0:1"), "the prompt is '1 2 x', expected token ids"),
+        (("trace", "1 -2", "--ids", "--span", "0:1"), "expected token ids"),
+        (("trace", "9" * 5000, "--ids", "--span", "0:1"), "the prompt has a number of 5000 digits"),
+        (("trace", "a\udcffb", "--subject", "a"), "half of a character"),
+        (("trace",), "PROMPT"),
+        (("demo", "--engine", "x"), "unknown engine 'x'"),
+        (("demo", "--dtype", "x", "--out", "new"), "unknown dtype 'x'"),
+        (("verify", "--engine", "x"), "unknown engine 'x'"),
+        (("verify", "--tolerance", "nan"), "tolerance is nan"),
+        (("verify", "--tolerance", "-1"), "tolerance is -1"),
+        (("plot", "nowhere"), "nothing at nowhere"),
+        (("plot", "nowhere", "--dpi", 0), "--dpi"),
+        (("no-such-command",), "no-such-command"),
+    ],
+)
+def test_a_wrong_call_is_one_line_before_the_model_is_loaded(arguments, named, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    unloaded(monkeypatch)
+    assert named in said(run(*arguments))
+
+
+def test_dots_per_inch_have_their_bounds(folder, tmp_path, without_figure):
+    assert trace(folder, "--out", tmp_path / "run").exit_code == 0
+    for dpi in (1, 10**30):
+        assert f"dpi is {str(dpi)[:5]}" in said(run("plot", tmp_path / "run", "--dpi", dpi))
+
+
+@pytest.mark.parametrize("place", ["/proc/x", "file/run", "file", "x" * 300, "new/" + "x" * 300, "a\udcff\ud800"])
+@pytest.mark.parametrize("command", [("trace", PROMPT, "--subject", "The"), ("demo",), ("verify",)])
+def test_a_folder_that_cannot_be_written_to_is_one_line_before_the_model_is_loaded(
+    command, place, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    unloaded(monkeypatch)
+    assert "expected" in (line := said(run(*command, "--out", place))) or "cannot be written to" in line
+    assert names_in(tmp_path) == ["file"]
+
+
+def test_a_folder_that_is_not_made_is_not_left_behind(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = trace(folder, "--out", "new/deep/run", "--device", "x")
+    assert "unknown device" in said(done)
+    assert names_in(tmp_path) == []
+
+
+# Output that gets through.
+
+
+def started(*arguments, stdout, **environment):
+    """The command line in a process of its own."""
+    code = "from fasttrace.cli import app; app()"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, env={**os.environ, **environment})
+
+
+ODD_PROMPT = "The Space Needle ist in Zürich 東京 🗼 is in downtown"
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "ascii", "utf-8"])
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["text", "json"])
+def test_every_encoding_of_the_terminal_gets_the_result_and_the_files(
+    encoding, options, folder, tmp_path, monkeypatch, without_figure
+):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    words = ["trace", ODD_PROMPT, "--subject", "The Space Needle", "--model", folder, "--samples", "1"]
+    with pytest.raises(SystemExit) as ended:
+        cli.app([*words, "--noise", "0.5", "--out", str(tmp_path / "run"), *options])
+    assert ended.value.code == 0
+    text = written.getvalue().decode(encoding)
+    assert names_in(tmp_path / "run") == sorted([*CSV_FILES, "trace.parquet"])
+    if options:
+        assert json.loads(text)["prompt"] == ODD_PROMPT
+    else:
+        assert (ODD_PROMPT if encoding == "utf-8" else "\\u6771\\u4eac") in text
+
+
+class Failing(io.TextIOWrapper):
+    """A standard output that cannot be written to."""
+
+    def __init__(self, error):
+        super().__init__(io.BytesIO(), encoding="utf-8")
+        self.error = error
+
+    def flush(self):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, None),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "error: cannot write to standard output (No space left"),
+    ],
+)
+def test_output_that_nobody_takes_ends_quietly_when_the_files_are_written(
+    error, code, line, folder, tmp_path, monkeypatch, without_figure, capfd
+):
+    monkeypatch.setattr(sys, "stdout", Failing(error))
+    words = ["trace", PROMPT, "--subject", "The Space Needle", "--model", folder, "--samples", "1", "--noise", "0.5"]
+    with pytest.raises(SystemExit) as ended:
+        cli.app([*words, "--out", str(tmp_path / "run")])
+    monkeypatch.undo()
+    assert ended.value.code == code
+    assert names_in(tmp_path / "run") == sorted([*CSV_FILES, "trace.parquet"])
+    found = capfd.readouterr().err.splitlines()
+    assert found[-1].startswith(line) if line else found == [f"loading {folder}", "tracing"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_behind_stdout_is_one_line_and_no_second_error_at_the_end():
+    with open("/dev/full", "wb") as full:
+        done = started("--version", stdout=full)
+    assert done.returncode == 2
+    [line] = done.stderr.decode().splitlines()
+    assert line.startswith("error: cannot write to standard output (No space left on device)")
+
+
+def test_a_closed_pipe_ends_without_a_word():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = started("--version", stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_closed_streams_are_no_error(folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    words = ["trace", PROMPT, "--subject", "The Space Needle", "--model", folder, "--samples", "1", "--noise", "0.5"]
+    with pytest.raises(SystemExit) as ended:
+        cli.app(words)
+    assert ended.value.code == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 9.1 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.1 GiB"),
+    ],
+)
+def test_memory_that_runs_out_is_one_line_that_says_what_to_lower(error, folder, monkeypatch):
+    monkeypatch.setattr(fasttrace.Tracer, "trace", raising(error))
+    done = trace(folder)
+    assert done.exit_code == 2
+    assert done.stderr.splitlines()[-1].startswith("error: out of memory (")
+    assert "lower --samples or --budget" in done.stderr.splitlines()[-1]
+
+
+def test_an_error_that_nobody_expects_keeps_its_traceback(folder, monkeypatch):
+    monkeypatch.setattr(fasttrace.Tracer, "trace", raising(RuntimeError("a fault of ours")))
+    assert isinstance(trace(folder).exception, RuntimeError)
+
+
+def test_an_errors_message_is_one_line_whatever_it_quotes(folder):
+    done = trace(folder, subject="The\nEiffel\nTower")
+    assert done.exit_code == 2
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_the_defaults_of_the_command_line_are_those_of_settings():
+    for call in (cli.trace, cli_runs.run):
+        parameters = inspect.signature(call).parameters
+        names = {field.name for field in fields(Settings)} & parameters.keys()
+        assert len(names) >= 6
+        for name in names:
+            default = getattr(Settings, name)
+            assert parameters[name].default == (str(default) if name in ("noise", "budget") else default), name

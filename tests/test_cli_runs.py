@@ -143,7 +143,7 @@ def test_the_rule_for_what_is_known_and_missing_answers_are_checked_before_a_mod
         json.dumps([{"prompt": "The Needle is", "subject": "The Needle", "word": "in"}])
     )
     done = run(home, tmp_path / "run", "--require-correct", "--compat", "rome", "--limit", 2)
-    assert done.exit_code == 0, done.output
+    assert "0 facts traced, 2 skipped" in done.stdout
     fingerprint = Store.read(tmp_path / "run").fingerprint
     assert fingerprint["target"] == "clean top token, if correct by ROME's rule (it is the whole answer)"
     monkeypatch.setattr("fasttrace.cli_runs.load_model", None)

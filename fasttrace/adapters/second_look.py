@@ -48,7 +48,7 @@ def words(model: Any, vocabulary: int, n_tokens: int = N_TOKENS) -> Tensor:
     special = set(_special_tokens(model))
     step = max(1, vocabulary // (n_tokens + len(special)))
     found = [token for token in range(0, vocabulary, step) if token not in special]
-    return torch.tensor([found[:n_tokens]])
+    return torch.tensor([found[:n_tokens]], dtype=torch.long, device="cpu")
 
 
 def neutral_token(model: Any, vocabulary: int) -> int:

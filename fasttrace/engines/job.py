@@ -15,6 +15,9 @@ from fasttrace.plan import Layout, Plan, plan_cells
 Tick = Callable[[], None]
 """Called after each block of a pass (after each forward pass of the reference engine)."""
 
+FEW_SAMPLES = 32
+"""Noise samples up to which a whole plan is made to be measured: most of them are run as they are."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -51,6 +54,13 @@ class Job:
     def plan(self, n_layers: int, layout: Layout) -> Plan:
         """The compiled cells, from the cache after the first call."""
         return plan_cells(self.shape(n_layers), self.cells, layout)
+
+    def peak_tokens(self, n_layers: int, layout: Layout) -> int:
+        """Tokens of the largest pack of the plan; of many samples told from the plan of one, which is much smaller."""
+        if self.samples <= FEW_SAMPLES:
+            return self.plan(n_layers, layout).peak_tokens
+        length, one = len(self.token_ids), self.part(slice(None), slice(1)).plan(n_layers, layout).peak_tokens
+        return length + self.samples * (one - length)
 
     def on(self, device: torch.device) -> "Job":
         """The same job with its noise on a device; nothing waits for the copy."""

@@ -6,6 +6,7 @@ activation of its MLP, and apart from the pack the logits of one chunk of rows.
 """
 
 import logging
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 
 import psutil
@@ -13,8 +14,10 @@ import torch
 from torch import distributed
 
 from fasttrace.adapters import Anatomy
-from fasttrace.errors import PlanError
+from fasttrace.checks import memory_for
+from fasttrace.prompts import Prompt
 from fasttrace.readout import CHUNK_BYTES
+from fasttrace.settings import token_budget
 
 logger = logging.getLogger("fasttrace")
 
@@ -71,9 +74,29 @@ def tokens_allowed(anatomy: Anatomy, budget: int | str) -> int:
         by_memory = max(1, int((MEMORY_SHARE * free - READOUT_BYTES) / bytes_per_token(anatomy)))
         in_cache = anatomy.device.type == "cpu" and not anatomy.is_offloaded
         return min(by_memory, CPU_TOKENS) if in_cache else by_memory
-    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
-        raise PlanError(f'budget is {budget!r}: give "auto", or the largest number of tokens of a pack, >= 1')
-    return budget
+    return int(token_budget(budget))
+
+
+def check_samples(anatomy: Anatomy, samples: int, streams: Sized, prompts: Iterable[Prompt]) -> None:
+    """Refuses noise samples that main memory cannot hold.
+
+    Args:
+        anatomy: the model.
+        samples: noise draws.
+        streams: the grids of a prompt.
+        prompts: each is traced with all samples; only the largest counts.
+
+    Raises:
+        PlanError: their noise and scores need more than the free memory.
+    """
+    cells = len(streams) * anatomy.n_layers
+    sizes = (_bytes_per_sample(anatomy, cells, len(each.token_ids), each.span) for each in prompts)
+    memory_for("samples", samples, samples * max(sizes, default=0), "their noise and scores")
+
+
+def _bytes_per_sample(anatomy: Anatomy, cells: int, length: int, span: tuple[int, int]) -> int:
+    """Noise as drawn and as scaled, distributions as computed and as joined, and as much of the cells' scores."""
+    return 2 * (8 * (span[1] - span[0]) * anatomy.d_model + 4 * anatomy.vocabulary + 8 * cells * length)
 
 
 def shares_passes(anatomy: Anatomy) -> bool:
@@ -92,6 +115,6 @@ def free_bytes(device: torch.device) -> int:
 def _least_of_ranks(anatomy: Anatomy, count: int) -> int:
     if not shares_passes(anatomy):
         return count
-    least = torch.tensor(count, device=anatomy.device)
+    least = torch.tensor(count, dtype=torch.long, device=anatomy.device)
     distributed.all_reduce(least, distributed.ReduceOp.MIN)
     return int(least)

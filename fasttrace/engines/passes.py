@@ -96,28 +96,37 @@ class _Passes:
         self.waiting: list[Job] = []
 
     def run(self, job: Job) -> Scores:
-        """All passes of a job, one after the other."""
-        halves = self._split(job)
-        if halves is None:
-            try:
-                return self._pass(job)
-            except RuntimeError as error:
-                if not should_reduce_batch_size(error) or shares_passes(self.anatomy):
-                    raise
-                halves = self._split_smaller(job, error)
-            _make_room()
-            self.steps = self.done + sum(map(self.steps_of, (*halves, *self.waiting)))
-        self.waiting.append(halves[1])
-        first = self.run(halves[0])
-        second = self.run(replace(self.waiting.pop(), target=first.target))
-        return _joined(first, second, by_cell=len(halves[0].cells) < len(job.cells))
+        """All passes of a job, one after the other; a loop, because thousands of samples can take thousands of them."""
+        before: list[tuple[Scores, bool]] = []
+        while True:
+            halves = self._split(job)
+            if halves is None:
+                try:
+                    scores = self._pass(job)
+                    break
+                except RuntimeError as error:
+                    if not should_reduce_batch_size(error) or shares_passes(self.anatomy):
+                        raise
+                    halves = self._split_smaller(job, error)
+                _make_room()
+                self.steps = self.done + sum(map(self.steps_of, (*halves, *self.waiting)))
+            self.waiting.append(halves[1])
+            first = self.run(halves[0])
+            before.append((first, len(halves[0].cells) < len(job.cells)))
+            job = replace(self.waiting.pop(), target=first.target)
+        for first, by_cell in reversed(before):
+            scores = _joined(first, scores, by_cell)
+        return scores
 
     def steps_of(self, job: Job) -> int:
         """Steps of all passes that a job will take."""
         if self.engine not in LAYOUTS:
             return len(job.cells) * job.samples
-        halves = self._split(job)
-        return self.anatomy.n_layers if halves is None else sum(map(self.steps_of, halves))
+        steps = self.anatomy.n_layers
+        while (halves := self._split(job)) is not None:
+            steps += self.steps_of(halves[0])
+            job = halves[1]
+        return steps
 
     def _pass(self, job: Job) -> Scores:
         scores = ENGINES[self.engine](self.anatomy, job, self._tick)
@@ -156,7 +165,7 @@ class _Passes:
         return halves
 
     def _peak_tokens(self, job: Job) -> int:
-        return job.plan(self.anatomy.n_layers, LAYOUTS[self.engine]).peak_tokens
+        return job.peak_tokens(self.anatomy.n_layers, LAYOUTS[self.engine])
 
 
 def _joined(first: Scores, second: Scores, by_cell: bool) -> Scores:

@@ -279,7 +279,7 @@ def _check_job(anatomy: Anatomy, n_positions: int = 6) -> Job:
     The noise is strong, so that the runs differ widely and an error shows.
     """
     n_positions = min(n_positions, anatomy.max_positions or n_positions)
-    ids = (torch.arange(n_positions) * 1013 + 7) % anatomy.vocabulary
+    ids = (torch.arange(n_positions, device="cpu") * 1013 + 7) % anatomy.vocabulary
     span = (min(1, n_positions - 1), min(3, n_positions))
     sigma = sigma_of("s10", anatomy.embedding, [ids[slice(*span)].tolist()], anatomy.device)
     corruption = draw(span, anatomy.d_model, sigma=sigma, samples=2, seed=0, neutral=anatomy.neutral_token)

@@ -177,7 +177,7 @@ class LastBlock:
     def __init__(self, anatomy: Anatomy, pack: Pack, tables: PassTables):
         self.anatomy, self.pack, self.tables = anatomy, pack, tables
         self.axis = anatomy.row_axis
-        self.states = torch.zeros(0)
+        self.states = torch.zeros(0, device="cpu")
         self.block_sums: list[Tensor] = []
         self.form: Any = None
 

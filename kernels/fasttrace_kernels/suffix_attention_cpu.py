@@ -80,7 +80,7 @@ def attend(
         return
     queries, keys, values = (_as_float32(x) for x in (q, k, v))
     direct = out.dtype == torch.float32 and out.is_contiguous()
-    target = out if direct else torch.empty(out.shape, dtype=torch.float32)
+    target = out if direct else torch.empty(out.shape, dtype=torch.float32, device="cpu")
     start, length, first, base_start = layout.rows
     with _ONE_AT_A_TIME, _threads(-(-layout.n_tokens // FEWEST_TOKENS)) as threads:
         _run(
