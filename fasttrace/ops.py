@@ -29,7 +29,7 @@ from fasttrace.cpu_linears import (
     onednn_does_bfloat16,
     onednn_is_faster,
 )
-from fasttrace.hooks import replaced_forward
+from fasttrace.hooks import exclusive, replaced_forward
 from fasttrace.packs import Pack
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def fused_attention(fuse: bool = True) -> Iterator[None]:
 @contextmanager
 def fused(anatomy: Anatomy, fuse: bool = True) -> Iterator[None]:
     """While open, modules with a faster equivalent use it; with fuse=False nothing changes."""
-    with ExitStack() as stack:
+    with exclusive(anatomy.model), ExitStack() as stack:
         stack.enter_context(fused_attention(fuse))
         if fuse:
             if _takes_kernel_glue(anatomy):

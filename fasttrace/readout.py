@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fasttrace.adapters import Anatomy
 from fasttrace.errors import NumericsError
-from fasttrace.hooks import evaluating, replaced_forward
+from fasttrace.hooks import forward_pass, replaced_forward
 
 CHUNK_BYTES = 128 << 20
 """Largest float32 logits tensor of one chunk of rows."""
@@ -75,7 +75,7 @@ def row_probabilities(anatomy: Anatomy, states: Tensor, targets: Tensor, as_outp
     chunk = max(1, CHUNK_BYTES // (4 * anatomy.vocabulary))
     if anatomy.device.type == "cpu":
         chunk = min(chunk, CPU_CHUNK)
-    with evaluating(anatomy.model):
+    with forward_pass(anatomy.model):
         chunks = states.split(chunk, anatomy.row_axis) if len(targets) else []
         parts = [_tail(anatomy, *part, as_output) for part in zip(chunks, targets.split(chunk), strict=False)]
     return torch.cat(parts) if parts else torch.zeros(0, device=states.device)

@@ -16,6 +16,7 @@ from fasttrace.engines import ENGINES, LAYOUTS, PACKING, cost_of_job
 from fasttrace.engines.job import Job
 from fasttrace.engines.memory import Budget, shares_passes, tokens_allowed
 from fasttrace.errors import EngineError
+from fasttrace.hooks import apart
 from fasttrace.packs import forget, peak_tokens
 from fasttrace.readout import Scores
 
@@ -127,7 +128,8 @@ class _Passes:
     def _tick(self) -> None:
         self.done += 1
         if self.progress is not None:
-            self.progress(self.done, self.steps)
+            with apart():
+                self.progress(self.done, self.steps)
 
     def _split(self, job: Job) -> tuple[Job, Job] | None:
         """A part that fits and the rest, or two halves; None if the job fits or cannot be split."""

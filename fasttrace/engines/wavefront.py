@@ -30,7 +30,7 @@ from fasttrace.engines.tables import (
 )
 from fasttrace.errors import EngineError
 from fasttrace.fork import Fork, forked_attention
-from fasttrace.hooks import evaluating, input_hook, output_hook, raw_output_hook
+from fasttrace.hooks import forward_pass, input_hook, output_hook, raw_output_hook
 from fasttrace.ops import attention_kernel
 from fasttrace.packs import Pack
 from fasttrace.plan import Layout
@@ -110,7 +110,7 @@ def _run(anatomy: Anatomy, ready: Ready, tick: Tick, attention: Attention) -> li
     state = PackState(pack.base_rows, pack.width, kernel=ready.kernel)
     last_block = LastBlock(anatomy, pack, given)
     with ExitStack() as stack:
-        stack.enter_context(evaluating(anatomy.model))
+        stack.enter_context(forward_pass(anatomy.model))
         fork = stack.enter_context(attention(anatomy, state))
         stack.enter_context(output_hook(anatomy.embedding, partial(corrupted, jobs)))
         for number, tables in enumerate(given.blocks):
