@@ -23,6 +23,7 @@ from fasttrace import cli_runs as runs
 from fasttrace import demo as embedded
 from fasttrace.cells import windows_of
 from fasttrace.cli_options import (
+    CpuMatmul,
     Device,
     DeviceMap,
     Dtype,
@@ -147,6 +148,7 @@ def trace(
     ids: Annotated[bool, typer.Option("--ids", help="PROMPT, and a numeric target, are token ids.")] = False,
     revision: Revision = None,
     fuse: Fuse = True,
+    cpu_matmul: CpuMatmul = "auto",
     module: Modules = None,
     device_map: DeviceMap = None,
     offload_folder: OffloadFolder = None,
@@ -172,7 +174,7 @@ def trace(
     if out is not None:
         outputs.check_folder(out, wanted, overwrite)
     subjects = None if noise_subjects is None else read_subjects(noise_subjects)
-    tracer = _load(model, device=device, fuse=fuse, **loading)
+    tracer = _load(model, device=device, fuse=fuse, cpu_matmul=cpu_matmul, **loading)
     tokens = _token_ids(prompt) if ids else prompt
     rest = {"noise_subjects": subjects, "engine": engine, "budget": number_or_text(budget, int)}
     result = _trace(tracer, tokens, _identity(tracer, out, wanted, overwrite), **request, **rest)

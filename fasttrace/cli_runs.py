@@ -10,6 +10,7 @@ import typer
 from fasttrace import demo as embedded
 from fasttrace import summary
 from fasttrace.cli_options import (
+    CpuMatmul,
     Device,
     DeviceMap,
     Dtype,
@@ -89,6 +90,7 @@ def run(
     ] = "facts",
     revision: Revision = None,
     fuse: Fuse = True,
+    cpu_matmul: CpuMatmul = "auto",
     module: Modules = None,
     device_map: DeviceMap = None,
     offload_folder: OffloadFolder = None,
@@ -112,6 +114,7 @@ def run(
     subjects = None if noise_subjects is None else read_subjects(noise_subjects)
     loading = {"dtype": dtype, "revision": revision, "modules": module_paths(module), "fuse": fuse}
     loading |= {"device_map": device_map, "offload_folder": offload_folder, "trust_remote_code": trust_remote_code}
+    loading["cpu_matmul"] = cpu_matmul
     device = ranks.device if device == "auto" and device_map is None else device
     tracer = ranks.in_turn(lambda: load_model(model, device=device, say=ranks.is_first, **loading))
     options = {"window": window, "noise": number_or_text(noise, float), "noise_subjects": subjects}

@@ -38,7 +38,7 @@ def here() -> object:
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """While open, this thread's calls of a model go through as another thread's do: for code of the user's in a pass."""
+    """While open, this thread's calls of a model are treated as another thread's: for the user's code in a pass."""
     before, _HERE.owner = _HERE.owner, object()
     try:
         yield
@@ -199,6 +199,7 @@ class Replaced:
         self.was_own, self.method, self.owner = was_own, method, here()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the one or the other."""
         method = self.method
         return (self.before if method is None or _HERE.owner is not self.owner else method)(*args, **kwargs)
 
@@ -239,11 +240,11 @@ def _take_out(module: nn.Module | ModuleType, name: str, replaced: Replaced) -> 
         top = top.before
 
 
-def own_method(method: Any) -> Any:
-    """A method without what fasttrace put in its place."""
-    while isinstance(method, Replaced):
-        method = method.before
-    return method
+def set_by_others(value: Any) -> Any:
+    """What others have set in an instance, where `value` is found there now; None if only fasttrace did."""
+    while isinstance(value, Replaced):
+        value = value.before if value.was_own else None
+    return value
 
 
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> AbstractContextManager[None]:

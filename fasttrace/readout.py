@@ -7,9 +7,9 @@ so that rows x vocabulary never exists. Probabilities are in float32 (float64 fo
 means are in float64.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,12 +38,14 @@ class Scores:
         cells: float64 [cell, sample] p(target) of each restored run.
         clean: [vocab], float32 or float64, next-token distribution of the clean run.
         corrupted: [sample, vocab] of each corrupted run.
+        how: what computed them, plain JSON for results.
     """
 
     target: int
     cells: np.ndarray
     clean: np.ndarray
     corrupted: np.ndarray
+    how: Mapping[str, Any] = field(default_factory=dict)
 
 
 def distributions(logits: Tensor) -> np.ndarray:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import psutil
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import distributed
 
 from fasttrace.adapters import Anatomy
@@ -74,6 +75,13 @@ def tokens_allowed(anatomy: Anatomy, budget: int | str) -> int:
     if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
         raise PlanError(f'budget is {budget!r}: give "auto", or the largest number of tokens of a pack, >= 1')
     return budget
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device, or the host, had too little memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error):
+        return True
+    return isinstance(error, Exception) and should_reduce_batch_size(error)
 
 
 def shares_passes(anatomy: Anatomy) -> bool:

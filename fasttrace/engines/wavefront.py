@@ -6,7 +6,7 @@ pre-hook grows the pack by one gather, and the last block's hook hands the base 
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -120,7 +120,8 @@ def _run(anatomy: Anatomy, ready: Ready, tick: Tick, attention: Attention) -> li
         logits = base_logits(anatomy, ready.ids)
     if state.calls != anatomy.n_layers:
         raise EngineError(f"{state.calls} of {anatomy.n_layers} blocks attended through the pack; use engine='rows'")
-    return last_block.scores(logits, [job.target for job in jobs])
+    how = {"attention_by": "groups" if state.kernel is None else state.kernel.by}
+    return [replace(scores, how=how) for scores in last_block.scores(logits, [job.target for job in jobs])]
 
 
 @dataclass(frozen=True)
