@@ -191,23 +191,24 @@ def fast_linears(modules: Iterable[nn.Module]) -> Iterator[None]:
         yield
 
 
-def is_plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: Any) -> bool:
     """Of exactly torch's class or GPT-2's, with dense float32 or bfloat16 weights in main memory, unreplaced."""
-    weight: Any = getattr(module, "weight", None)
     return (
-        has_plain_product(module)
-        and weight.dtype in (torch.float32, torch.bfloat16)
-        and weight.is_contiguous()
+        type(module) in (nn.Linear, Conv1D)
         and "forward" not in vars(module)
+        and has_plain_product(module)
+        and module.weight.dtype in (torch.float32, torch.bfloat16)
+        and module.weight.is_contiguous()
     )
 
 
 def has_plain_product(module: Any) -> bool:
     """The same in any floating type, whatever fasttrace has put over it."""
-    weight = getattr(module, "weight", None)
+    if type(module) not in (nn.Linear, Conv1D):
+        return False
+    weight = module._parameters.get("weight")
     return (
-        type(module) in (nn.Linear, Conv1D)
-        and type(weight) is nn.Parameter
+        type(weight) is nn.Parameter
         and weight.device.type == "cpu"
         and weight.is_floating_point()
         and set_by_others(vars(module).get("forward")) is None

@@ -192,36 +192,42 @@ def cpu_matmul(anatomy: Anatomy, fuse: bool) -> dict[str, str]:
         )
     head = anatomy.model.get_output_embeddings()
     products = {"blocks": next(filter(has_plain_product, anatomy.blocks[0].modules()), None), "head": head}
-    return {what: _library(anatomy, linear, fuses, asked) for what, linear in products.items()}
+    takes = _onednn_rule(anatomy)
+    return {what: _library(linear, fuses and takes(linear)) for what, linear in products.items()}
 
 
-def _library(anatomy: Anatomy, linear: Any, fuses: bool, asked: str) -> str:
+def _library(linear: Any, by_onednn: bool) -> str:
     if linear is None or not has_plain_product(linear):
         return "the module's own"
-    if fuses and _takes_onednn(anatomy, linear, asked):
+    if by_onednn:
         return "onednn"
     return library_of_torch(linear.weight.dtype)
 
 
 def _for_onednn(anatomy: Anatomy) -> set[nn.Module]:
     """Modules whose matrix products are left to oneDNN."""
+    takes = _onednn_rule(anatomy)
+    return {module for module in anatomy.model.modules() if takes(module)}
+
+
+def _onednn_rule(anatomy: Anatomy) -> Callable[[Any], bool]:
+    """Which modules take oneDNN. Products of narrow models cost more to call: there it has to be named."""
     asked = library_asked(anatomy.cpu_matmul)
-    if asked == "mkl" or (asked == "auto" and anatomy.d_model < CPU_WIDTH):
-        return set()
-    return {module for module in anatomy.model.modules() if _takes_onednn(anatomy, module, asked)}
+    if asked == "onednn":
+        return is_plain_linear
+    if asked == "mkl" or anatomy.d_model < CPU_WIDTH:
+        return lambda _: False
+    head, threads = anatomy.model.get_output_embeddings(), torch.get_num_threads()
 
+    def is_faster(module: Any) -> bool:
+        if not is_plain_linear(module):
+            return False
+        if module.weight.dtype == torch.bfloat16:
+            return onednn_does_bfloat16()
+        of_block = TURNED_PROBE if isinstance(module, Conv1D) else BLOCK_PROBE
+        return onednn_is_faster(threads, HEAD_PROBE if module is head else of_block)
 
-def _takes_onednn(anatomy: Anatomy, linear: Any, asked: str) -> bool:
-    """Products of narrow models cost more to call: there oneDNN has to be named."""
-    if not is_plain_linear(linear):
-        return False
-    if asked != "auto" or anatomy.d_model < CPU_WIDTH:
-        return asked == "onednn"
-    if linear.weight.dtype == torch.bfloat16:
-        return onednn_does_bfloat16()
-    is_head = linear is anatomy.model.get_output_embeddings()
-    probe = HEAD_PROBE if is_head else TURNED_PROBE if isinstance(linear, Conv1D) else BLOCK_PROBE
-    return linear.weight.dtype == torch.float32 and onednn_is_faster(torch.get_num_threads(), probe)
+    return is_faster
 
 
 def _dense_mlps(anatomy: Anatomy) -> list[tuple[nn.Module, nn.Module]]:
