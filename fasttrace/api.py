@@ -12,9 +12,11 @@ from fasttrace.adapters import Anatomy, anatomy_of, module_paths
 from fasttrace.cells import windows_of
 from fasttrace.checks import flag, function, memory_told, span_of, text, token_ids, whole_number
 from fasttrace.corruption import sigma_of
+from fasttrace.cpu_linears import library_asked
 from fasttrace.engines.memory import check_samples
 from fasttrace.engines.passes import Progress, run_in_passes
 from fasttrace.engines.select import EngineChoice, choose
+from fasttrace.engines.state import follow, state_of
 from fasttrace.errors import FasttraceError, ModelError, PlanError, PromptError
 from fasttrace.identity import identity_of, shown_name
 from fasttrace.loading import load
@@ -35,7 +37,10 @@ LARGEST_DRAW = 10.0
 
 
 class Tracer:
-    """Traces prompts on one model.
+    """Traces prompts on one model, as it is when a trace begins.
+
+    Threads may trace one model, with one tracer or several: they take turns. Other calls of the model meanwhile give
+    what they always give, except that a model in training mode is in evaluation mode while a trace is at work.
 
     Attributes:
         model: a decoder-only Hugging Face model; fasttrace leaves it as it is.
@@ -53,6 +58,7 @@ class Tracer:
         revision: str | None = None,
         modules: Mapping[str, str] | None = None,
         fuse: bool = True,
+        cpu_matmul: str = "auto",
     ):
         """Wraps a loaded model.
 
@@ -65,18 +71,24 @@ class Tracer:
                 list of transformer blocks) from the model; "attention", "mlp" and "down" (the MLP's down projection)
                 from a block. For example {"blocks": "model.layers", "attention": "self_attn", "mlp": "mlp"}.
             fuse: compute with faster equivalents of the model's modules while a trace runs; see `fasttrace.ops`.
+            cpu_matmul: the library that multiplies matrices on a CPU: "mkl", "onednn", or "auto" for what is faster in
+                this process, unless the environment variable FASTTRACE_CPU_MATMUL names one. A trace raises EngineError
+                where a named one cannot.
 
         Raises:
             ModelError: not a decoder-only language model, one inside a wrapper, parts that are not found, or no Hugging
                 Face tokenizer.
+            PlanError: an unknown library.
         """
         check_model(model)
         check_modules(modules)
+        library_asked(cpu_matmul)
         name, self.revision = checked_label("name", name), checked_label("revision", revision)
         self.model, self.tokenizer, self.fuse = model, check_tokenizer(tokenizer), fuse
         self.trust_remote_code = False
+        self._modules = modules
         try:
-            self._anatomy = anatomy_of(model, modules)
+            self._anatomy = follow(anatomy_of(model, modules, cpu_matmul), modules)
         except FasttraceError:
             raise
         except Exception as error:
@@ -95,6 +107,7 @@ class Tracer:
         revision: str | None = None,
         modules: Mapping[str, str] | None = None,
         fuse: bool = True,
+        cpu_matmul: str = "auto",
         device_map: str | Mapping[str, int | str] | None = None,
         max_memory: Mapping[int | str, int | str] | None = None,
         offload_folder: str | Path | None = None,
@@ -109,6 +122,7 @@ class Tracer:
             revision: of the Hugging Face repository.
             modules: see the constructor.
             fuse: see the constructor.
+            cpu_matmul: see the constructor.
             device_map: for a model larger than the device: "auto" spreads it over GPUs, main memory and disk.
             max_memory: with a device map, the most to use of each device, such as {0: "20GiB", "cpu": "60GiB"}.
             offload_folder: with a device map, where weights that have to be rewritten are kept on disk.
@@ -121,14 +135,17 @@ class Tracer:
         """
         check_modules(modules)
         places = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
+        library_asked(cpu_matmul)
         model, tokenizer = load(name, dtype, device, revision, trust_remote_code=trust_remote_code, **places)
-        tracer = cls(model, tokenizer, name=shown_name(name), revision=revision, modules=modules, fuse=fuse)
+        about: Any = {"name": shown_name(name), "revision": revision, "modules": modules}
+        tracer = cls(model, tokenizer, fuse=fuse, cpu_matmul=cpu_matmul, **about)
         tracer.trust_remote_code = trust_remote_code
         return tracer
 
     @property
     def anatomy(self) -> Anatomy:
-        """The model's parts."""
+        """The model's parts as they are now."""
+        self._anatomy = follow(self._anatomy, self._modules)
         return self._anatomy
 
     @property
@@ -165,7 +182,9 @@ class Tracer:
         Raises:
             EngineError: an unknown engine, or none that passes the self-check.
         """
-        return choose(self._anatomy, engine_name(engine), self.fuse)
+        name, state = engine_name(engine), state_of(self.model)
+        self._anatomy = follow(self._anatomy, self._modules, state)
+        return choose(self._anatomy, name, self.fuse, state)
 
     def trace(
         self,
@@ -359,6 +378,7 @@ class Tracer:
             PlanError: an unknown noise rule, subjects that it cannot be measured on, or noise beyond the model's dtype.
             EngineError: an unknown engine, or none that passes the self-check.
         """
+        choice = self.choose_engine(engine)  # first: the model may have moved
         ids = subjects_of(self.tokenizer, subjects, self._anatomy.vocabulary) if isinstance(noise, str) else []
         sigma = sigma_of(noise, self._anatomy.embedding, ids, self.device)
         _check_sigma(noise, sigma, self.dtype)
@@ -369,7 +389,6 @@ class Tracer:
             "fuse": self.fuse,
             **({"trust_remote_code": True} if self.trust_remote_code else {}),
         }
-        choice = self.choose_engine(engine)
         return Sweep(self._anatomy, self.tokenizer, windows, sigma, samples, seed, choice, about)
 
 

@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from inspect import signature
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fasttrace.adapters import Anatomy
 from fasttrace.errors import EngineError
-from fasttrace.hooks import replaced_method
+from fasttrace.hooks import here, replaced_method
 from fasttrace.plan import Rectangle
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class PackState:
         calls: attention calls so far; the engine checks that every block made one.
         masks: of tiles, by the mask they are made from and the tile's shape; with that mask, so that it lives on.
         kernel: where attention may be one launch a block; the engine sets it.
+        owner: whose calls attend so; those of other threads attend as the model does.
     """
 
     base_rows: Mapping[int, int]
@@ -76,6 +78,7 @@ class PackState:
     calls: int = 0
     masks: dict[tuple[int, int, int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     kernel: "KernelState | None" = None
+    owner: object = field(default_factory=here)
 
     @property
     def n_base(self) -> int:
@@ -111,13 +114,7 @@ _STATE: ContextVar[PackState | None] = ContextVar("fasttrace_pack_state", defaul
 
 @contextmanager
 def packed_pass(state: PackState) -> Iterator[None]:
-    """While open, this is the pass that attention works for.
-
-    Raises:
-        EngineError: a pass is running already.
-    """
-    if _STATE.get() is not None:
-        raise EngineError("a packed pass is running in this context already; run one after the other")
+    """While open, this is the pass that attention works for."""
     token = _STATE.set(state)
     try:
         yield
@@ -130,7 +127,7 @@ def ragged_attention(anatomy: Anatomy, state: PackState) -> Iterator[None]:
     """While open, the model attends through the pack.
 
     Raises:
-        EngineError: a pass is running already, or the model keeps its own attention.
+        EngineError: the model keeps its own attention.
     """
     methods = [_with_attn_method(mixer) for mixer in anatomy.parts.mixers]
     with ExitStack() as stack:
@@ -144,6 +141,26 @@ def ragged_attention(anatomy: Anatomy, state: PackState) -> Iterator[None]:
         yield
 
 
+@dataclass
+class _Set:
+    """A configuration whose attention implementation is another while passes run.
+
+    Attributes:
+        config: the configuration.
+        own: what somebody had set: threads that call the model meanwhile attend with that.
+        passes: how many are running; models may share a configuration.
+    """
+
+    config: Any
+    own: str | None
+    passes: int = 0
+
+
+_SET: dict[int, _Set] = {}
+"""By the id of the configuration."""
+_SETTING = Lock()
+
+
 @contextmanager
 def implementation_set(anatomy: Anatomy, name: str) -> Iterator[None]:
     """While open, the language model's attention implementation is another; afterwards every part has its own.
@@ -152,8 +169,10 @@ def implementation_set(anatomy: Anatomy, name: str) -> Iterator[None]:
         EngineError: the model does not let it be set.
     """
     owner = anatomy.decoder if isinstance(anatomy.decoder, PreTrainedModel) else anatomy.model
-    configs = [module.config for module in anatomy.model.modules() if isinstance(module, PreTrainedModel)]
-    before = [(config, config._attn_implementation) for config in configs]
+    configs = {id(m.config): m.config for m in anatomy.model.modules() if isinstance(m, PreTrainedModel)}
+    with _SETTING:
+        for key, config in configs.items():
+            _SET.setdefault(key, _Set(config, config._attn_implementation)).passes += 1
     try:
         owner.set_attn_implementation(name)
         if owner.config._attn_implementation != name:
@@ -162,8 +181,25 @@ def implementation_set(anatomy: Anatomy, name: str) -> Iterator[None]:
             )
         yield
     finally:
-        for config, implementation in before:
-            config._attn_implementation_internal = implementation
+        with _SETTING:
+            for key, config in configs.items():
+                _SET[key].passes -= 1
+                if not _SET[key].passes:
+                    config._attn_implementation_internal = _SET[key].own
+                    del _SET[key]
+
+
+def own_implementation(config: Any) -> str:
+    """The attention implementation that somebody has set, whatever a pass has set meanwhile.
+
+    Raises:
+        EngineError: it is fasttrace's, and no pass is running.
+    """
+    found = _SET.get(id(config))
+    own = config._attn_implementation if found is None else found.own
+    if own == NAME:
+        raise EngineError(f"attention {NAME!r} works inside a fasttrace pass only; set the model back to 'sdpa'")
+    return own or "eager"
 
 
 def safe_implementation(anatomy: Anatomy) -> str:
@@ -171,7 +207,7 @@ def safe_implementation(anatomy: Anatomy) -> str:
 
     Flash and flex attention know soft caps and sinks as eager functions do, and sdpa does not.
     """
-    chosen = anatomy.model.config._attn_implementation
+    chosen = own_implementation(anatomy.model.config)
     if chosen in ("eager", "sdpa"):
         return chosen
     eager = [_arithmetic(mixer, "eager") for mixer in anatomy.parts.mixers if mixer is not None]
@@ -192,7 +228,7 @@ def _with_attn_method(mixer: nn.Module | None) -> Any:
 
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Any]:
     """Attends group by group, for transformers' interface.
 
     Args:
@@ -204,9 +240,12 @@ def _attend(
         kwargs: handed on as they are.
 
     Returns:
-        [1, token, head, d_head], and no weights.
+        [1, token, head, d_head], and no weights; in another thread what the model's own attention gives there.
     """
     state = _running()
+    if state is None:
+        own = _arithmetic(module, own_implementation(module.config))
+        return own(module, query, key, value, attention_mask, **kwargs)
     function = _arithmetic(module, state.implementation)
     mask = _checked(state, module, query, key, attention_mask)
     if state.kernel is not None:
@@ -255,6 +294,7 @@ def _attend_by_method(
     The method may build masks of its own from the numbers of queries and keys, so a row is a sequence here.
     """
     state = _running()
+    assert state is not None, "the method is replaced inside a pass only"
     mask = _checked(state, getattr(method, "__self__", None), query, key, attention_mask)
     base_keys, base_values = state.base_states(key), state.base_states(value)
     outputs = []
@@ -297,11 +337,10 @@ def _block_diagonal(mask: Tensor, group: GroupOnDevice) -> Tensor:
     return torch.cat((prefix.repeat(1, 1, rows, 1), blocks.flatten(-2).flatten(-3, -2)), dim=-1)
 
 
-def _running() -> PackState:
+def _running() -> PackState | None:
+    """The pass of whoever calls; None in a thread that calls the model while another traces it."""
     state = _STATE.get()
-    if state is None:
-        raise EngineError(f"attention {NAME!r} works inside a fasttrace pass only; set the model back to 'sdpa'")
-    return state
+    return state if state is not None and state.owner is here() else None
 
 
 def _arithmetic(module: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Any]]:
@@ -342,8 +381,14 @@ def after_prefix(base: Tensor, own: Tensor, group: GroupOnDevice) -> Tensor:
 
 
 def _full_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """The model's own mask for one whole prompt, [batch, 1, position, position], never skipped."""
+    """The model's own mask for one whole prompt, [batch, 1, position, position], never skipped.
+
+    In a thread that calls the model while another traces it, whatever the model's own implementation gives.
+    """
     state = _running()
+    if state is None:
+        own = own_implementation(kwargs["config"])
+        return ALL_MASK_ATTENTION_FUNCTIONS[own](*args, **kwargs) if own in ALL_MASK_ATTENTION_FUNCTIONS else None
     build = ALL_MASK_ATTENTION_FUNCTIONS[state.implementation]
     if state.kernel is not None:
         build = state.kernel.watched(build)

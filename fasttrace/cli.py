@@ -25,6 +25,7 @@ from fasttrace.checks import real_number, text, whole_number
 from fasttrace.cli_guard import Guarded, is_utf8, say
 from fasttrace.cli_guard import tell as _tell
 from fasttrace.cli_options import (
+    CpuMatmul,
     Device,
     DeviceMap,
     Dtype,
@@ -133,6 +134,7 @@ def trace(
     ids: Annotated[bool, typer.Option("--ids", help="PROMPT, and a numeric target, are token ids.")] = False,
     revision: Revision = None,
     fuse: Fuse = True,
+    cpu_matmul: CpuMatmul = "auto",
     module: Modules = None,
     device_map: DeviceMap = None,
     offload_folder: OffloadFolder = None,
@@ -161,7 +163,7 @@ def trace(
     wanted = _wanted(prompt, request, loading, ids=ids)
     if out is not None:
         outputs.check_folder(out, wanted, overwrite)
-    tracer = _load(model, device=device, fuse=fuse, **loading)
+    tracer = _load(model, device=device, fuse=fuse, cpu_matmul=cpu_matmul, **loading)
     result = _trace(tracer, tokens, _identity(tracer, out, wanted, overwrite), **request, **rest)
     written = "" if out is None else _write(result, out, overwrite)
     if as_json:

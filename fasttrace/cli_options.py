@@ -22,6 +22,7 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or fl
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0, ...")]
 Engine = Annotated[str, typer.Option(help="auto, wavefront, fork, rows or reference.")]
 Fuse = Annotated[bool, typer.Option("--fuse/--no-fuse", help="Fuse activations while a trace runs.")]
+CpuMatmul = Annotated[str, typer.Option(help="Library that multiplies on a CPU: auto (the faster), mkl or onednn.")]
 DeviceMap = Annotated[
     str | None,
     typer.Option(help="auto: spread a model larger than the device over GPUs, main memory and disk."),

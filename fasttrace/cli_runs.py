@@ -12,6 +12,7 @@ from fasttrace import summary
 from fasttrace.checks import one_of
 from fasttrace.cli_guard import say
 from fasttrace.cli_options import (
+    CpuMatmul,
     Device,
     DeviceMap,
     Dtype,
@@ -92,6 +93,7 @@ def run(
     ] = "facts",
     revision: Revision = None,
     fuse: Fuse = True,
+    cpu_matmul: CpuMatmul = "auto",
     module: Modules = None,
     device_map: DeviceMap = None,
     offload_folder: OffloadFolder = None,
@@ -122,6 +124,7 @@ def run(
         check_answers(found)
     loading = {"dtype": dtype, "revision": revision, "modules": module_paths(module), "fuse": fuse}
     loading |= {"device_map": device_map, "offload_folder": offload_folder, "trust_remote_code": trust_remote_code}
+    loading["cpu_matmul"] = cpu_matmul
     device = ranks.device if device == "auto" and device_map is None else device
     tracer = ranks.in_turn(lambda: load_model(model, device=device, say=ranks.is_first, **loading))
     quiet = quiet or not ranks.is_first

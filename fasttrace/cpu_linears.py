@@ -3,13 +3,15 @@
 torch computes float32 products with MKL. On some CPUs, AMD's with AVX512 among them, oneDNN's kernels are faster with
 the same rounding error; on others MKL wins in the blocks, and oneDNN in the head with its few tokens and large weight.
 Which one it is, is measured once a process for each kind of product that a model has; the processes of one run then
-settle on one, so that their numbers are the same. bfloat16 products are oneDNN's either way, but torch first copies the
-weight where the states are a view of others.
+settle on one, so that their numbers are the same. Another process may measure otherwise and differ in the last bits:
+results record the library, and `Tracer(cpu_matmul=...)` or the environment variable FASTTRACE_CPU_MATMUL names it.
+bfloat16 products are oneDNN's either way, but torch first copies the weight where the states are a view of others.
 
 An MLP's GELU is computed by oneDNN inside the product before it, while the numbers are in registers.
 """
 
 import logging
+import os
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -21,7 +23,8 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from fasttrace.hooks import evaluating, replaced_forward
+from fasttrace.errors import EngineError, PlanError
+from fasttrace.hooks import evaluating, replaced_forward, set_by_others
 
 logger = logging.getLogger("fasttrace")
 
@@ -63,6 +66,48 @@ _IS_GELU_OF_PRODUCT: WeakKeyDictionary[nn.Module, tuple[tuple, bool]] = WeakKeyD
 LARGEST_GELU_ERROR = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
+LIBRARIES = ("auto", "mkl", "onednn")
+VARIABLE = "FASTTRACE_CPU_MATMUL"
+
+
+def library_asked(given: str) -> str:
+    """One of LIBRARIES: what is given, or for "auto" what the environment variable says.
+
+    Raises:
+        PlanError: another name.
+    """
+    asked, what = (given, "cpu_matmul") if given != "auto" else (os.environ.get(VARIABLE) or "auto", VARIABLE)
+    if asked not in LIBRARIES:
+        raise PlanError(f"{what} is {asked!r}: give one of {', '.join(LIBRARIES)}")
+    return asked
+
+
+def check_library(asked: str, dtype: torch.dtype) -> None:
+    """Raises if a library cannot compute a CPU's products of a type here.
+
+    Args:
+        asked: one of LIBRARIES.
+        dtype: of the weights.
+
+    Raises:
+        EngineError: it cannot; the message says which one does.
+    """
+    named, kind = f"cpu_matmul is {asked!r}, and", str(dtype).removeprefix("torch.")
+    if asked == "onednn" and not _has_onednn():
+        raise EngineError(f"{named} this build of torch has no oneDNN: leave it at 'auto'")
+    if asked == "onednn" and dtype != torch.float32 and not (dtype == torch.bfloat16 and onednn_does_bfloat16()):
+        raise EngineError(f"{named} oneDNN computes no {kind} on this CPU: leave it at 'auto', or load in float32")
+    if asked == "mkl" and library_of_torch(dtype) != "mkl":
+        raise EngineError(f"{named} torch computes {kind} by {library_of_torch(dtype)} here: leave it at 'auto'")
+
+
+def library_of_torch(dtype: torch.dtype) -> str:
+    """What torch itself computes products of a type with on a CPU."""
+    if dtype == torch.bfloat16 and onednn_does_bfloat16():
+        return "onednn"
+    return "mkl" if torch.backends.mkl.is_available() and dtype in (torch.float32, torch.float64) else "blas"
+
+
 def onednn_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None = None) -> Tensor:
     """`torch.nn.functional.linear` in oneDNN.
 
@@ -89,7 +134,7 @@ def onednn_is_faster(threads: int, probe: Probe) -> bool:
         probe: the product.
     """
     if (threads, probe) not in _CHOSEN:
-        _CHOSEN[threads, probe] = _measured(threads, probe)
+        return _CHOSEN.setdefault((threads, probe), _measured(threads, probe))  # another thread's may have come first
     return _CHOSEN[threads, probe]
 
 
@@ -150,16 +195,27 @@ def fast_linears(modules: Iterable[nn.Module]) -> Iterator[None]:
         yield
 
 
-def is_plain_linear(module: nn.Module) -> bool:
-    """Of exactly torch's class or GPT-2's, with dense float32 or bfloat16 weights in main memory."""
-    weight = getattr(module, "weight", None)
+def is_plain_linear(module: Any) -> bool:
+    """Of exactly torch's class or GPT-2's, with dense float32 or bfloat16 weights in main memory, unreplaced."""
     return (
         type(module) in (nn.Linear, Conv1D)
-        and type(weight) is nn.Parameter
-        and weight.device.type == "cpu"
-        and weight.dtype in (torch.float32, torch.bfloat16)
-        and weight.is_contiguous()
         and "forward" not in vars(module)
+        and has_plain_product(module)
+        and module.weight.dtype in (torch.float32, torch.bfloat16)
+        and module.weight.is_contiguous()
+    )
+
+
+def has_plain_product(module: Any) -> bool:
+    """The same in any floating type, whatever fasttrace has put over it."""
+    if type(module) not in (nn.Linear, Conv1D):
+        return False
+    weight = module._parameters.get("weight")
+    return (
+        type(weight) is nn.Parameter
+        and weight.device.type == "cpu"
+        and weight.is_floating_point()
+        and set_by_others(vars(module).get("forward")) is None
     )
 
 

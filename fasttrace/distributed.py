@@ -26,6 +26,7 @@ from fasttrace.claims import CLAIMS, Claims, claims, named
 from fasttrace.cost import Cost, total
 from fasttrace.engines.job import Job
 from fasttrace.engines.passes import run_together
+from fasttrace.engines.select import confirm
 from fasttrace.errors import FasttraceError, PlanError
 from fasttrace.leases import LEASE_SECONDS, Worker
 from fasttrace.many import Encoded, Planned, Study
@@ -293,6 +294,7 @@ class CellSharded(Study):
     def _scores_of(self, job: Job, share: np.ndarray) -> tuple[Scores, Cost]:
         anatomy, name = self.sweep.anatomy, self.sweep.choice.name
         part = replace(job, cells=tuple(job.cells[number] for number in share))
+        confirm(anatomy, self.sweep.choice)
         with fused(anatomy, self.fuse and name != "reference"):
             return run_together(name, anatomy, [part], self.budget)[0]
 

@@ -2,7 +2,8 @@
 
 The model says what it wants through the arguments of transformers' attention interface and through its mask. A mask
 that is causal, or causal within a window, is read off on the host before it is needed on the device, so that nothing
-waits.
+waits. A kernel that fails, before a trace or in the middle of one, is left out for the model's heads of that size:
+their blocks attend group by group.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from fasttrace.adapters import Anatomy
 from fasttrace.engines.tables import sent
+from fasttrace.errors import FasttraceError
+from fasttrace.kernel_choice import Case, case_of, leave_out
 from fasttrace.packs import Pack, kept
 from fasttrace.plan import BlockPlan
 
@@ -25,6 +28,8 @@ UNDERSTOOD = frozenset({"scaling", "softcap", "s_aux", "dropout", "sliding_windo
 """Arguments that the kernel does, or that say again what the mask says."""
 
 _TILES: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
+_FAILED: WeakKeyDictionary[nn.Module, set[Case]] = WeakKeyDictionary()
+"""Heads on which the kernel has failed, of every model."""
 
 Visible = dict[int, tuple[Tensor, int | None]]
 """id of a mask -> the mask, so that it lives on, and its window (0: neither causal nor a window; None: no window)."""
@@ -41,6 +46,8 @@ class KernelState:
         layouts: by (block, tokens of a tile), for all passes of the pack.
         masks: of the model.
         tiles: tokens of a tile that the model's blocks asked for, in any pass; made beforehand in the next one.
+        failed: heads of the model on which the kernel has failed, in any pass.
+        attended: blocks of this pass that it did, and that it did not.
     """
 
     n_positions: int
@@ -49,14 +56,17 @@ class KernelState:
     layouts: dict[tuple, AttentionLayout] = field(default_factory=dict)
     masks: Visible = field(default_factory=dict)
     tiles: set[int] = field(default_factory=set)
+    failed: set[Case] = field(default_factory=set)
+    attended: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
 
     @classmethod
     def of(cls, anatomy: Anatomy, pack: Pack) -> "KernelState":
         """For one pass of a model, with the layouts that its last pass needed; new ones in one copy to the device."""
         tiles = _TILES.setdefault(anatomy.model, set())
-        state = cls(pack.width, pack.blocks, tiles=tiles, layouts=_layouts(pack, anatomy.device))
+        layouts = _layouts(pack, anatomy.device)
+        state = cls(pack.width, pack.blocks, tiles=tiles, layouts=layouts, failed=failed_heads(anatomy.model))
         born = sorted({*map(state._born, range(len(pack.blocks)))})
-        missing = [(number, tile) for tile in tiles for number in born if (number, tile) not in state.layouts]
+        missing = [(number, tile) for tile in tuple(tiles) for number in born if (number, tile) not in state.layouts]
         layouts = [layout_of(pack.blocks[number], tile) for number, tile in missing]
         state.layouts.update(zip(missing, _all_sent(layouts, anatomy.device), strict=True))
         return state
@@ -64,7 +74,7 @@ class KernelState:
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, arguments: dict[str, Any]
     ) -> Tensor | None:
-        """[1, token, head, d_value], or None where the model asks for more than the kernel does.
+        """[1, token, head, d_value], or None where the model asks for more than the kernel does, or where it fails.
 
         Args:
             module: the attention module.
@@ -74,6 +84,18 @@ class KernelState:
             mask: the model's, for one prompt.
             arguments: of the attention interface.
         """
+        attended = self._attended(module, query, key, value, mask, arguments)
+        self.attended[attended is not None] += 1
+        return attended
+
+    @property
+    def by(self) -> str:
+        """What has attended in this pass, for results."""
+        return " and ".join(what for what, did in (("kernel", True), ("groups", False)) if self.attended[did])
+
+    def _attended(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, arguments: dict[str, Any]
+    ) -> Tensor | None:
         given = {name for name, argument in arguments.items() if argument is not None and argument is not False}
         _, window = self.masks.get(id(mask), (mask, 0))
         if window == 0 or not given <= UNDERSTOOD:
@@ -82,16 +104,26 @@ class KernelState:
         if getattr(module, "sinks", None) is not sinks or (query.dtype == torch.float64 and query.is_cuda):
             return None
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-        attended = suffix_attention(
-            q,
-            k,
-            v,
-            self._layout(q, k, v),
-            scale=arguments.get("scaling"),
-            window=window,
-            softcap=arguments.get("softcap") or 0.0,
-            sinks=None if sinks is None else sinks.float(),
-        )
+        case = case_of("attention", (q.shape[1], k.shape[1], q.shape[2], v.shape[2]), q.dtype, q.device)
+        if case in self.failed:
+            return None
+        try:
+            attended = suffix_attention(
+                q,
+                k,
+                v,
+                self._layout(q, k, v),
+                scale=arguments.get("scaling"),
+                window=window,
+                softcap=arguments.get("softcap") or 0.0,
+                sinks=None if sinks is None else sinks.float(),
+            )
+        except FasttraceError:  # of the check in float32
+            raise
+        except Exception as error:  # what compiles kernels raises anything
+            leave_out(case, error, "attention goes group by group")
+            self.failed.add(case)
+            return None
         return attended.unsqueeze(0)
 
     def _layout(self, q: Tensor, k: Tensor, v: Tensor) -> AttentionLayout:
@@ -120,6 +152,11 @@ class KernelState:
             return mask
 
         return built
+
+
+def failed_heads(model: nn.Module) -> set[Case]:
+    """Heads of a model on which the kernel has failed in this process."""
+    return _FAILED.setdefault(model, set())
 
 
 @kept

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fasttrace.engines.memory import is_out_of_memory
+
 logger = logging.getLogger("fasttrace")
 
 TOKENS = 4096
@@ -74,11 +76,30 @@ def is_taken(case: Case, measure: Callable[[], float]) -> bool:
     """
     if case not in _CHOSEN:
         gain = attempt(str(case), measure)
-        _CHOSEN[case] = gain is not None and gain > CLEARLY
+        taken = _CHOSEN.setdefault(case, gain is not None and gain > CLEARLY)  # another thread's may have come first
         if gain is not None:
-            verdict = "taken" if _CHOSEN[case] else "left out"
+            verdict = "taken" if taken else "left out"
             logger.info("kernel %s is %.2f times as fast as the model's own code: %s", case, gain, verdict)
     return _CHOSEN[case]
+
+
+def has_failed(case: Case) -> bool:
+    """Whether a kernel that was taken has failed since."""
+    return _CHOSEN.get(case) is False
+
+
+def leave_out(case: Case, error: Exception, instead: str = "the model's own code computes it") -> None:
+    """Takes the model's own code from now on, because the kernel has failed; says so once.
+
+    Args:
+        case: what the kernel was called for.
+        error: what it raised. What says that memory ran out is raised again: smaller passes may be the answer.
+        instead: what happens now.
+    """
+    if is_out_of_memory(error):
+        raise error
+    _CHOSEN[case] = False
+    _warn(str(case), f"{_told(error)}; {instead}")
 
 
 def choices() -> Choices:
@@ -102,8 +123,12 @@ def attempt(what: str, work: Callable[[], Any]) -> Any:
         with torch.no_grad():
             return work()
     except Exception as error:  # kernels that do not compile raise anything
-        _warn(what, f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}")
+        _warn(what, _told(error))
         return None
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 @cache

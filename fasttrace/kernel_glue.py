@@ -20,7 +20,18 @@ from torch import Tensor, nn
 from fasttrace.adapters import Anatomy
 from fasttrace.adapters.sizes import width_of
 from fasttrace.hooks import evaluating, replaced_forward
-from fasttrace.kernel_choice import TOKENS, agrees, attempt, case_of, error_of, gain_of, is_taken, random
+from fasttrace.kernel_choice import (
+    TOKENS,
+    agrees,
+    attempt,
+    case_of,
+    error_of,
+    gain_of,
+    has_failed,
+    is_taken,
+    leave_out,
+    random,
+)
 from fasttrace.kernel_rotary import rotary_by_kernel
 
 EPS = ("variance_epsilon", "eps")
@@ -111,11 +122,14 @@ def _norm_forward(norm: Any, d_model: int) -> Callable[..., Tensor] | None:
         return None
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
-        if len(args) == 1 and not kwargs and type(args[0]) is Tensor and args[0].dtype == norm.weight.dtype:
+        is_usual = len(args) == 1 and not kwargs and type(args[0]) is Tensor and args[0].dtype == norm.weight.dtype
+        if is_usual and not has_failed(case):
             try:
                 return _on_rows(by_kernel, args[0])
             except ValueError:  # strides that the kernel does not take, or gradients are asked for
                 pass
+            except Exception as error:  # compiled anew for strides that were not measured
+                leave_out(case, error)
         return own(*args, **kwargs)
 
     return forward
@@ -173,29 +187,38 @@ def _mlp_forward(mlp: Any) -> Callable[..., Tensor] | None:
     activation = _found(mlp, _activation_of, weight)
     if activation is None:
         return None
+    case = case_of(f"swiglu({activation})", (TOKENS, width), weight.dtype, weight.device)
     by_kernel = partial(_gated, activation=activation)
 
     def gain() -> float:
         with evaluating(mlp):
             return gain_of(by_kernel, _without_products(mlp).forward, random(TOKENS, 2 * width, like=weight))
 
-    if not is_taken(case_of(f"swiglu({activation})", (TOKENS, width), weight.dtype, weight.device), gain):
+    if not is_taken(case, gain):
         return None
+
+    def glued(*products: Tensor) -> Tensor:
+        if not has_failed(case):
+            try:
+                return by_kernel(*products)
+            except Exception as error:  # as above; hooks on the products have run by now
+                leave_out(case, error, "torch computes it")
+        return by_kernel(*products, backend="torch")
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         if len(args) != 1 or kwargs:
             return own(*args, **kwargs)
-        return mlp.down_proj(by_kernel(*(getattr(mlp, name)(args[0]) for name in names)))
+        return mlp.down_proj(glued(*(getattr(mlp, name)(args[0]) for name in names)))
 
     return forward
 
 
-def _gated(gate: Tensor, up: Tensor | None = None, *, activation: str) -> Tensor:
+def _gated(gate: Tensor, up: Tensor | None = None, *, activation: str, **options: Any) -> Tensor:
     """The activation of gate, times up; without up, of the halves of gate."""
     gate, up = gate.chunk(2, -1) if up is None else (gate, up)
     try:
-        return swiglu(gate, up, activation)
-    except ValueError:  # as above; hooks on the products have run by now
+        return swiglu(gate, up, activation, **options)
+    except ValueError:  # strides that the kernel does not take
         return swiglu(gate.contiguous(), up.contiguous(), activation, backend="torch")
 
 

@@ -13,8 +13,8 @@ from fasttrace_kernels.rotary import rotary
 from torch import Tensor
 
 from fasttrace.adapters import Anatomy
-from fasttrace.hooks import replaced_method
-from fasttrace.kernel_choice import TOKENS, Case, attempt, case_of, gain_of, is_taken, random
+from fasttrace.hooks import replaced_method, set_by_others
+from fasttrace.kernel_choice import TOKENS, Case, attempt, case_of, gain_of, is_taken, leave_out, random
 
 NAME = "apply_rotary_pos_emb"
 PROBED_TOKENS = 7
@@ -24,16 +24,15 @@ PROBED_TOKENS = 7
 def rotary_by_kernel(anatomy: Anatomy) -> Iterator[None]:
     """While open, the rotary embedding of a model's attention is the kernel's where that is faster.
 
-    All models of a family share the function: those that other threads run meanwhile use the kernel as well, and a
-    second context leaves the function as it is.
+    All models of a family share the function: other threads that run one meanwhile call the model's own, or their own
+    kernel if they trace it.
 
     Args:
         anatomy: a model on devices that the kernel runs on.
     """
     with ExitStack() as stack:
         for owner in _owners(anatomy):
-            if not isinstance(own := vars(owner)[NAME], Rotary):
-                stack.enter_context(replaced_method(owner, NAME, _in_place_of(own)))
+            stack.enter_context(replaced_method(owner, NAME, _in_place_of(set_by_others(vars(owner)[NAME]))))
         yield
 
 
@@ -59,24 +58,29 @@ class Rotary:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's function, where all calls go that have other arguments than q, k, cos and sin."""
-        if len(args) == 4 and not kwargs and self._is_taken(*args):
+        case = self._case(*args) if len(args) == 4 and not kwargs else None
+        if case is not None:
             try:
                 return rotary(*args)
             except ValueError:  # shapes or strides that the kernel does not take, or gradients are asked for
                 pass
+            except Exception as error:  # compiled anew for strides that were not measured
+                leave_out(case, error)
         return self.own(*args, **kwargs)
 
-    def _is_taken(self, q: Any, k: Any, cos: Any, sin: Any) -> bool:
+    def _case(self, q: Any, k: Any, cos: Any, sin: Any) -> Case | None:
+        """What the kernel is taken for; None where it is not."""
         tensors = q, k, cos, sin
         if not all(type(x) is Tensor and x.dtype == q.dtype for x in tensors) or q.dtype not in TRITON_DTYPES:
-            return False
+            return None
         if [x.dim() for x in tensors] != [4, 4, 3, 3]:
-            return False
+            return None
         sizes = q.shape[1], k.shape[1], q.shape[3], cos.shape[2]
         case = case_of("rotary", sizes, q.dtype, q.device)
         if case not in self.is_same:
             self.is_same[case] = bool(attempt(f"{case} of {self.own.__module__}", lambda: self._compare(sizes, q)))
-        return self.is_same[case] and is_taken(case, lambda: gain_of(rotary, self.own, *_inputs(sizes, TOKENS, q)))
+        taken = self.is_same[case] and is_taken(case, lambda: gain_of(rotary, self.own, *_inputs(sizes, TOKENS, q)))
+        return case if taken else None
 
     def _compare(self, sizes: tuple[int, ...], like: Tensor) -> bool:
         inputs = _inputs(sizes, PROBED_TOKENS, like)

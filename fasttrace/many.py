@@ -21,8 +21,8 @@ from fasttrace.engines import LAYOUTS, READY
 from fasttrace.engines.job import Job
 from fasttrace.engines.memory import Budget, check_samples, tokens_allowed
 from fasttrace.engines.passes import run_together
-from fasttrace.engines.select import prompts_share_passes
-from fasttrace.errors import NumericsError, PromptError
+from fasttrace.engines.select import confirm, prompts_share_passes
+from fasttrace.errors import NumericsError, PlanError, PromptError
 from fasttrace.hooks import evaluating
 from fasttrace.ops import fused
 from fasttrace.prompts import Prompt, token_text
@@ -201,6 +201,7 @@ class Study:
 
     def _scores(self, planned: Planned) -> list[tuple[Scores, Cost]]:
         anatomy, name = self.sweep.anatomy, self.sweep.choice.name
+        confirm(anatomy, self.sweep.choice)
         with fused(anatomy, self.fuse and name != "reference"):
             return run_together(name, anatomy, planned.jobs, self.budget, planned.ready)
 

@@ -5,8 +5,9 @@ on the machine what is faster, `cpu_linears` and `kernel_choice` measure it. `Tr
 alone.
 """
 
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from importlib.util import find_spec
@@ -23,13 +24,18 @@ from fasttrace.cpu_linears import (
     BLOCK_PROBE,
     HEAD_PROBE,
     TURNED_PROBE,
+    check_library,
     fast_linears,
     gelu_in_product,
+    has_plain_product,
     is_plain_linear,
+    library_asked,
+    library_of_torch,
     onednn_does_bfloat16,
     onednn_is_faster,
 )
-from fasttrace.hooks import replaced_forward
+from fasttrace.errors import EngineError
+from fasttrace.hooks import exclusive, replaced_forward
 from fasttrace.packs import Pack
 
 if TYPE_CHECKING:
@@ -44,6 +50,7 @@ GLUE_DEVICES = ("cuda",)
 CPU_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 _FUSING: ContextVar[bool] = ContextVar("fasttrace_fusing", default=False)
+_HOW: ContextVar[Mapping[str, Any]] = ContextVar("fasttrace_how")
 
 CPU_WIDTH = 256
 """Narrowest hidden state of a model on a CPU that is worth oneDNN's calls and a compiled attention."""
@@ -83,6 +90,12 @@ def attention_kernel(anatomy: Anatomy, pack: Pack, fuse: bool | None = None) -> 
     return KernelState.of(anatomy, pack)
 
 
+def failed_kernels(anatomy: Anatomy) -> frozenset[Any]:
+    """The sizes of heads on which a kernel for attention has failed: these attend group by group."""
+    kernels = sys.modules.get("fasttrace.kernel_attention")
+    return frozenset() if kernels is None else frozenset(kernels.failed_heads(anatomy.model))
+
+
 def kernel_compiler(anatomy: Anatomy) -> str | None:
     """The package that compiles attention for this model, if it is there and worth it."""
     device = anatomy.device.type
@@ -109,9 +122,15 @@ def fused_attention(fuse: bool = True) -> Iterator[None]:
 
 @contextmanager
 def fused(anatomy: Anatomy, fuse: bool = True) -> Iterator[None]:
-    """While open, modules with a faster equivalent use it; with fuse=False nothing changes."""
-    with ExitStack() as stack:
+    """While open, modules with a faster equivalent use it; with fuse=False nothing changes.
+
+    Raises:
+        EngineError, PlanError: the library named for products on a CPU cannot compute them.
+    """
+    with exclusive(anatomy.model), ExitStack() as stack:
         stack.enter_context(fused_attention(fuse))
+        libraries = cpu_matmul(anatomy, fuse)
+        stack.callback(_HOW.reset, _HOW.set({"cpu_matmul": libraries} if libraries else {}))
         if fuse:
             if _takes_kernel_glue(anatomy):
                 from fasttrace.kernel_glue import fused_glue
@@ -146,20 +165,69 @@ def _fuse_on_cpu(anatomy: Anatomy, stack: ExitStack) -> None:
         stack.enter_context(replaced_forward(mlp, in_chunks(mlp.forward)))
 
 
-def _for_onednn(anatomy: Anatomy) -> set[nn.Module]:
-    """Modules whose matrix products are left to oneDNN; those of narrow models cost more to call."""
-    if anatomy.d_model < CPU_WIDTH:
-        return set()
+def how_computed() -> Mapping[str, Any]:
+    """What computes in place of the model's own modules now, for results."""
+    return _HOW.get({})
+
+
+def cpu_matmul(anatomy: Anatomy, fuse: bool) -> dict[str, str]:
+    """The library that computes a model's products on a CPU, in its blocks and in its head; elsewhere nothing.
+
+    Args:
+        anatomy: the model.
+        fuse: whether fused operations are on; without them it is the one that torch takes.
+
+    Raises:
+        EngineError, PlanError: a library is named and cannot compute them.
+    """
+    asked = library_asked(anatomy.cpu_matmul)
+    if anatomy.device.type != "cpu":
+        return {}
+    check_library(asked, anatomy.dtype)
+    fuses = fuse and not anatomy.is_offloaded
+    if asked == "onednn" and not fuses:
+        raise EngineError(
+            "cpu_matmul is 'onednn', which takes fused operations, weights in main memory, and another engine than "
+            "reference: leave it at 'auto'"
+        )
     head = anatomy.model.get_output_embeddings()
-    linears = filter(is_plain_linear, anatomy.model.modules())
-    return {module for module in linears if _takes_onednn(module, is_head=module is head)}
+    products = {"blocks": next(filter(has_plain_product, anatomy.blocks[0].modules()), None), "head": head}
+    takes = _onednn_rule(anatomy)
+    return {what: _library(linear, fuses and takes(linear)) for what, linear in products.items()}
 
 
-def _takes_onednn(linear: Any, is_head: bool) -> bool:
-    if linear.weight.dtype == torch.bfloat16:
-        return onednn_does_bfloat16()
-    probe = HEAD_PROBE if is_head else TURNED_PROBE if isinstance(linear, Conv1D) else BLOCK_PROBE
-    return linear.weight.dtype == torch.float32 and onednn_is_faster(torch.get_num_threads(), probe)
+def _library(linear: Any, by_onednn: bool) -> str:
+    if linear is None or not has_plain_product(linear):
+        return "the module's own"
+    if by_onednn:
+        return "onednn"
+    return library_of_torch(linear.weight.dtype)
+
+
+def _for_onednn(anatomy: Anatomy) -> set[nn.Module]:
+    """Modules whose matrix products are left to oneDNN."""
+    takes = _onednn_rule(anatomy)
+    return {module for module in anatomy.model.modules() if takes(module)}
+
+
+def _onednn_rule(anatomy: Anatomy) -> Callable[[Any], bool]:
+    """Which modules take oneDNN. Products of narrow models cost more to call: there it has to be named."""
+    asked = library_asked(anatomy.cpu_matmul)
+    if asked == "onednn":
+        return is_plain_linear
+    if asked == "mkl" or anatomy.d_model < CPU_WIDTH:
+        return lambda _: False
+    head, threads = anatomy.model.get_output_embeddings(), torch.get_num_threads()
+
+    def is_faster(module: Any) -> bool:
+        if not is_plain_linear(module):
+            return False
+        if module.weight.dtype == torch.bfloat16:
+            return onednn_does_bfloat16()
+        of_block = TURNED_PROBE if isinstance(module, Conv1D) else BLOCK_PROBE
+        return onednn_is_faster(threads, HEAD_PROBE if module is head else of_block)
+
+    return is_faster
 
 
 def _dense_mlps(anatomy: Anatomy) -> list[tuple[nn.Module, nn.Module]]:

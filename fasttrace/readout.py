@@ -7,9 +7,9 @@ so that rows x vocabulary never exists. Probabilities are in float32 (float64 fo
 means are in float64.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fasttrace.adapters import Anatomy
 from fasttrace.errors import NumericsError
-from fasttrace.hooks import evaluating, replaced_forward
+from fasttrace.hooks import forward_pass, replaced_forward
 
 CHUNK_BYTES = 128 << 20
 """Largest float32 logits tensor of one chunk of rows."""
@@ -38,12 +38,14 @@ class Scores:
         cells: float64 [cell, sample] p(target) of each restored run.
         clean: [vocab], float32 or float64, next-token distribution of the clean run.
         corrupted: [sample, vocab] of each corrupted run.
+        how: what computed them, plain JSON for results.
     """
 
     target: int
     cells: np.ndarray
     clean: np.ndarray
     corrupted: np.ndarray
+    how: Mapping[str, Any] = field(default_factory=dict)
 
 
 def distributions(logits: Tensor) -> np.ndarray:
@@ -75,7 +77,7 @@ def row_probabilities(anatomy: Anatomy, states: Tensor, targets: Tensor, as_outp
     chunk = max(1, CHUNK_BYTES // (4 * anatomy.vocabulary))
     if anatomy.device.type == "cpu":
         chunk = min(chunk, CPU_CHUNK)
-    with evaluating(anatomy.model):
+    with forward_pass(anatomy.model):
         chunks = states.split(chunk, anatomy.row_axis) if len(targets) else []
         parts = [_tail(anatomy, *part, as_output) for part in zip(chunks, targets.split(chunk), strict=False)]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float32, device=states.device)

@@ -53,8 +53,9 @@ class TraceResult:
         windows: stream -> how many blocks are restored together.
         cost: what the sweep cost.
         metadata: plain JSON values: model, revision, prompt, subject, noise, sigma, samples, seed, dtype,
-            device, engine, engine_reason, self_check_error, versions; where `fasttrace run` or `fasttrace trace --out`
-            made it also identity, digests of what the model was (see `fasttrace.identity`).
+            device, engine, engine_reason, self_check_error, hooks (of others, on the model), attention_by ("kernel",
+            "groups" or "model"), cpu_matmul (the libraries of a CPU), versions; where `fasttrace run` or
+            `fasttrace trace --out` made it also identity, digests of what the model was (see `fasttrace.identity`).
     """
 
     prob: Mapping[str, np.ndarray]

@@ -94,7 +94,7 @@ class Sweep:
             top={"clean": self._top(scores.clean), "corrupted": self._top(scores.corrupted.mean(0))},
             windows=dict(self.windows),
             cost=cost,
-            metadata=self._metadata(prompt),
+            metadata={**self._metadata(prompt), **scores.how},
         )
 
     def _top(self, distribution: np.ndarray) -> tuple[tuple[int, str, float], ...]:
@@ -118,6 +118,8 @@ class Sweep:
             "engine": self.choice.name,
             "engine_reason": self.choice.reason,
             "self_check_error": self.choice.self_check_error,
+            "hooks": self.choice.hooks,
+            "attention_by": "model",
             "versions": dict(versions()),
         }
 

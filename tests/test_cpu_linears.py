@@ -8,7 +8,7 @@ from torch import nn
 from transformers.activations import GELUActivation, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from fasttrace import cpu_linears, ops
+from fasttrace import EngineError, PlanError, Tracer, cpu_linears, ops
 from fasttrace.adapters import anatomy_of
 from fasttrace.cells import STREAMS
 from fasttrace.cpu_linears import (
@@ -332,3 +332,94 @@ def test_narrow_models_are_not_measured(family, monkeypatch):
     monkeypatch.setattr(ops, "onednn_is_faster", lambda *_: pytest.fail("measured"))
     with fused(anatomy_of(tiny_model(family))):
         pass
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """Tiny models are as good as wide ones, and products are not measured."""
+    monkeypatch.setattr(ops, "CPU_WIDTH", 1)
+    monkeypatch.delenv(cpu_linears.VARIABLE, raising=False)
+    measured = []
+    monkeypatch.setattr(cpu_linears, "_measured", lambda *key: measured.append(key) or True)
+    return measured
+
+
+REQUEST = {"prompt": [5, 6, 7, 8, 9], "subject": (1, 3), "samples": 1, "window": 3}
+
+
+@needs_onednn
+@pytest.mark.parametrize("choice", [True, False])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_results_name_the_libraries_that_multiplied(name, choice, wide):
+    probe = TURNED_PROBE if name == "gpt2" else BLOCK_PROBE
+    cpu_linears._CHOSEN.update({(1, probe): choice, (1, HEAD_PROBE): not choice})
+    blocks, head = ("onednn", "mkl") if choice else ("mkl", "onednn")
+    result = Tracer(tiny_model(name)).trace(**REQUEST)
+    assert result.metadata["cpu_matmul"] == {"blocks": blocks, "head": head}
+    for options in ({"engine": "reference"}, {"engine": "rows"}):
+        found = Tracer(tiny_model(name)).trace(**REQUEST, **options).metadata["cpu_matmul"]
+        plain = {"blocks": "mkl", "head": "mkl"}
+        assert found == (plain if options["engine"] == "reference" else result.metadata["cpu_matmul"])
+    unfused = Tracer(tiny_model(name), fuse=False).trace(**REQUEST)
+    assert unfused.metadata["cpu_matmul"] == {"blocks": "mkl", "head": "mkl"}
+
+
+@needs_onednn
+@pytest.mark.parametrize("library", ["mkl", "onednn"])
+@pytest.mark.parametrize("by", ["argument", "environment"])
+def test_a_library_that_is_named_multiplies_and_nothing_is_measured(library, by, wide, calls, monkeypatch):
+    monkeypatch.setattr(ops, "CPU_WIDTH", 10**6)
+    monkeypatch.setenv(cpu_linears.VARIABLE, library if by == "environment" else "")
+    options = {"cpu_matmul": library} if by == "argument" else {}
+    result = Tracer(tiny_model("llama"), **options).trace(**REQUEST)
+    assert result.metadata["cpu_matmul"] == {"blocks": library, "head": library}
+    assert bool(calls) == (library == "onednn")
+    assert not wide
+
+
+@needs_onednn
+def test_the_argument_wins_over_the_environment(wide, monkeypatch):
+    monkeypatch.setenv(cpu_linears.VARIABLE, "onednn")
+    result = Tracer(tiny_model("llama"), cpu_matmul="mkl").trace(**REQUEST)
+    assert result.metadata["cpu_matmul"] == {"blocks": "mkl", "head": "mkl"}
+
+
+def test_an_unknown_library_is_an_error_before_anything_is_loaded(monkeypatch):
+    with pytest.raises(PlanError, match="cpu_matmul is 'blis': give one of auto, mkl, onednn"):
+        Tracer.from_pretrained("nowhere/at-all", cpu_matmul="blis")
+    with pytest.raises(PlanError, match="cpu_matmul is 'MKL'"):
+        Tracer(tiny_model("llama"), cpu_matmul="MKL")
+    monkeypatch.setenv(cpu_linears.VARIABLE, "blis")
+    with pytest.raises(PlanError, match="FASTTRACE_CPU_MATMUL is 'blis': give one of auto, mkl, onednn"):
+        Tracer(tiny_model("llama"))
+
+
+@pytest.mark.parametrize(
+    ("library", "options", "dtype", "message"),
+    [
+        ("onednn", {"fuse": False}, torch.float32, "which takes fused operations"),
+        ("onednn", {}, torch.float64, "oneDNN computes no float64 on this CPU"),
+    ],
+)
+def test_a_library_that_cannot_multiply_is_an_error(library, options, dtype, message):
+    with pytest.raises(EngineError, match=f"cpu_matmul is '{library}', .*{message}"):
+        Tracer(tiny_model("llama", dtype), cpu_matmul=library, **options).trace(**REQUEST)
+
+
+def test_a_library_that_this_torch_lacks_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    with pytest.raises(EngineError, match="cpu_matmul is 'mkl', and torch computes float32 by blas here"):
+        Tracer(tiny_model("llama"), cpu_matmul="mkl").trace(**REQUEST)
+    monkeypatch.setattr(cpu_linears, "_has_onednn", lambda: False)
+    with pytest.raises(EngineError, match="cpu_matmul is 'onednn', and this build of torch has no oneDNN"):
+        Tracer(tiny_model("llama"), cpu_matmul="onednn").trace(**REQUEST)
+
+
+@needs_onednn
+def test_bfloat16_products_are_onednns_and_the_result_says_so():
+    if not onednn_does_bfloat16():
+        pytest.skip("oneDNN computes no bfloat16 on this CPU")
+    model = tiny_model("llama", torch.bfloat16)
+    assert Tracer(model).trace(**REQUEST).metadata["cpu_matmul"] == {"blocks": "onednn", "head": "onednn"}
+    with pytest.raises(EngineError, match="cpu_matmul is 'mkl', and torch computes bfloat16 by onednn here"):
+        Tracer(model, cpu_matmul="mkl").trace(**REQUEST)

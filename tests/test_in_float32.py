@@ -11,6 +11,7 @@ from fasttrace import attention, ops
 from fasttrace.adapters import anatomy_of
 from fasttrace.engines import ENGINES, reference, select
 from fasttrace.engines.in_float32 import can_be_widened, in_float32
+from fasttrace.engines.state import state_of
 from fasttrace.errors import EngineError
 from fasttrace.hooks import evaluating
 from fasttrace.kernel_attention import KernelState
@@ -88,10 +89,8 @@ def test_a_difference_that_half_precision_would_let_pass_is_refused_with_its_num
 
     monkeypatch.setattr(attention, "_arithmetic", scaled)
     anatomy = anatomy_of(model)
-    job = select._checks_of(anatomy, True).job
-    error = select._distance(
-        ENGINES["wavefront"](anatomy, job, lambda: None), select._checks_of(anatomy, True).expected
-    )
+    checks = select._checks_of(anatomy, True, state_of(model))
+    error = select._distance(ENGINES["wavefront"](anatomy, checks.job, lambda: None), checks.expected)
     assert 1e-3 < error < select.HALF_TOLERANCE
     choice = select.choose(anatomy)
     assert choice.name == "fork"

@@ -5,7 +5,7 @@ import pytest
 import torch
 from fasttrace_kernels import suffix_attention_cpu
 
-from fasttrace import ops
+from fasttrace import EngineError, Tracer, ops
 from fasttrace.adapters import anatomy_of
 from fasttrace.cells import grid_cells
 from fasttrace.corruption import draw
@@ -151,6 +151,94 @@ def test_blocks_without_births_share_a_layout(kernel):
         layouts.append(state._layout(q, q, q))
     assert layouts[-1] is layouts[-2]
     assert len(state.layouts) < anatomy.n_layers
+
+
+class OutOfResources(Exception):  # noqa: N818 - Triton's own name; it is no RuntimeError
+    """What Triton raises for a kernel that does not fit the device."""
+
+
+FAILURES = [
+    OutOfResources("out of resource: shared memory, Required: 270336, Hardware limit: 232448"),
+    RuntimeError("device kernel image is invalid"),
+    ValueError("heads of 512 and 512: the Triton kernel takes up to 256; pass backend='torch'"),
+    AssertionError("no message"),
+]
+
+
+@pytest.fixture
+def failing(kernel, monkeypatch):
+    """The kernel fails from its n-th call on."""
+    from fasttrace import kernel_attention, kernel_choice
+
+    right, calls = kernel_attention.suffix_attention, []
+    kernel_choice._warn.cache_clear()
+
+    def make(error, after=0):
+        def attention(*args, **options):
+            calls.append(1)
+            if len(calls) > after:
+                raise error
+            return right(*args, **options)
+
+        monkeypatch.setattr(kernel_attention, "suffix_attention", attention)
+
+    return make
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_kernel_that_fails_costs_a_warning_and_not_the_engine(name, error, failing, caplog):
+    model = zoo.tiny_model(name)
+    request = {"prompt": [5, 6, 7, 8, 9], "subject": (1, 3), "samples": 2, "window": 3}
+    expected = Tracer(model).trace(**request, engine="reference")
+    assert Tracer(model).trace(**request).metadata["attention_by"] == "kernel"
+    assert expected.metadata["attention_by"] == "model"
+    failing(error)
+    for _ in range(2):
+        result = Tracer(model).trace(**request)
+        assert (result.metadata["engine"], result.metadata["attention_by"]) == ("wavefront", "groups")
+        for stream in expected.streams:
+            np.testing.assert_allclose(result.grid(stream), expected.grid(stream), rtol=1e-4)
+    assert caplog.text.count(f"{type(error).__name__}: {error}") == 1
+
+
+def test_a_kernel_that_fails_in_the_middle_of_a_trace_leaves_its_numbers_right(failing):
+    model = zoo.tiny_model("llama")
+    tracer, request = Tracer(model), {"prompt": [5, 6, 7, 8, 9], "subject": (1, 3), "samples": 2, "window": 3}
+    expected = tracer.trace(**request)
+    failing(FAILURES[0], after=2)
+    result = tracer.trace(**request)
+    assert result.metadata["attention_by"] == "kernel and groups"
+    for stream in expected.streams:
+        np.testing.assert_allclose(result.grid(stream), expected.grid(stream), rtol=1e-4)
+    assert tracer.trace(**request, budget=20).metadata["attention_by"] == "groups"
+
+
+def test_a_kernel_that_fails_between_the_passes_of_a_trace_is_told_of_the_whole(failing):
+    model = zoo.tiny_model("llama")
+    tracer, request = Tracer(model), {"prompt": [5, 6, 7, 8, 9], "subject": (1, 3), "samples": 2, "window": 3}
+    tracer.trace(**request)
+    failing(FAILURES[0], after=2 * len(tracer.anatomy.blocks))
+    assert tracer.trace(**request, budget=40).metadata["attention_by"] == "kernel and groups"
+
+
+def test_a_kernel_that_runs_out_of_memory_makes_smaller_passes(failing):
+    model = zoo.tiny_model("llama")
+    tracer, request = Tracer(model), {"prompt": [5, 6, 7, 8, 9], "subject": (1, 3), "samples": 1, "window": 3}
+    tracer.trace(**request)
+    failing(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    with pytest.raises(EngineError, match="out of memory on cpu with one cell and one noise sample"):
+        tracer.trace(**request)
+
+
+def test_heads_on_which_the_kernel_fails_are_left_out_and_others_are_not(failing):
+    first, other = zoo.tiny_model("llama"), zoo.tiny_model("llama", head_dim=4)
+    request = {"prompt": [5, 6, 7, 8, 9], "subject": (1, 3), "samples": 1, "window": 3}
+    failing(FAILURES[0])
+    assert Tracer(first).trace(**request).metadata["attention_by"] == "groups"
+    failing(FAILURES[0], after=10**6)
+    assert Tracer(other).trace(**request).metadata["attention_by"] == "kernel"
+    assert Tracer(first).trace(**request).metadata["attention_by"] == "groups"
 
 
 def band(n, window):

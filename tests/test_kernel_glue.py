@@ -460,17 +460,61 @@ class TestRotary:
         kernel_rotary.Rotary(own)(*arguments)
         assert (calls["rotary"] > 0) == is_taken
 
-    def test_a_second_context_leaves_the_function_as_it_is(self, calls):
-        models = [anatomy_of(zoo.tiny_model("llama")) for _ in range(2)]
-        own = rotary_of(models[0])
-        first, second = map(kernel_rotary.rotary_by_kernel, models)
-        first.__enter__()
-        by_kernel = rotary_of(models[0])
-        second.__enter__()
-        assert rotary_of(models[0]) is by_kernel
-        first.__exit__(None, None, None)
-        second.__exit__(None, None, None)
-        assert rotary_of(models[0]) is own
+    def test_two_models_of_a_family_may_end_in_any_order(self, calls):
+        for order in (1, -1):
+            models = [anatomy_of(zoo.tiny_model("llama")) for _ in range(2)]
+            own = rotary_of(models[0])
+            contexts = [kernel_rotary.rotary_by_kernel(model) for model in models]
+            for context in contexts:
+                context.__enter__()
+            assert rotary_of(models[0]) is not own
+            for context in contexts[::order]:
+                context.__exit__(None, None, None)
+            assert rotary_of(models[0]) is own
+
+    def test_a_kernel_that_fails_in_a_pass_is_told_once_and_the_function_goes_on(self, calls, monkeypatch, caplog):
+        own = rotary_of(anatomy_of(zoo.tiny_model("llama")))
+        rotary, arguments = kernel_rotary.Rotary(own), self.arguments()
+        rotary(*arguments)
+        monkeypatch.setattr(kernel_rotary, "rotary", raising(OutOfResources("out of resource: shared memory")))
+        for _ in range(2):
+            assert all(map(torch.equal, rotary(*arguments), own(*arguments)))
+        assert caplog.text.count("OutOfResources: out of resource: shared memory; the model's own code") == 1
+
+
+class OutOfResources(Exception):  # noqa: N818 - Triton's own name; it is no RuntimeError
+    """What Triton raises for a kernel that does not fit the device."""
+
+
+def raising(error):
+    def failing(*_args, **options):
+        if options.get("backend") == "torch":
+            return right(*_args, **options)
+        raise error
+
+    right = kernel_glue.swiglu
+    return failing
+
+
+@pytest.mark.parametrize("kernel", ["rms_norm", "swiglu"])
+def test_a_kernel_that_fails_in_a_pass_leaves_the_numbers_right_and_is_told_once(kernel, calls, monkeypatch, caplog):
+    anatomy = anatomy_of(zoo.tiny_model("llama"))
+    plain = logits_of(anatomy.model)
+    with fused(anatomy):
+        logits_of(anatomy.model)  # all is measured and taken
+        monkeypatch.setattr(kernel_glue, kernel, raising(OutOfResources("out of resource: shared memory")))
+        torch.testing.assert_close(logits_of(anatomy.model), plain)
+    torch.testing.assert_close(fused_logits(anatomy), plain)
+    assert caplog.text.count("OutOfResources: out of resource: shared memory") == 1
+
+
+def test_a_kernel_that_runs_out_of_memory_is_not_left_out(calls, monkeypatch):
+    anatomy = anatomy_of(zoo.tiny_model("llama"))
+    with fused(anatomy):
+        monkeypatch.setattr(kernel_glue, "rms_norm", raising(torch.OutOfMemoryError("CUDA out of memory. Tried")))
+        with pytest.raises(torch.OutOfMemoryError):
+            logits_of(anatomy.model)
+    assert all(kernel_choice.choices().values())
 
 
 @pytest.mark.gpu

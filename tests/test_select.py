@@ -7,6 +7,7 @@ import torch
 
 from fasttrace.adapters import anatomy_of
 from fasttrace.engines import ENGINES, select
+from fasttrace.engines.state import state_of
 from fasttrace.errors import EngineError
 from tests.conftest import tiny_model
 
@@ -23,6 +24,10 @@ def test_the_check_runs_once_per_model(family, monkeypatch):
     for name in ENGINES:
         monkeypatch.setitem(ENGINES, name, lambda *_: pytest.fail("checked twice"))
     assert select.choose(anatomy) == first
+
+
+def checks_of(anatomy):
+    return select._checks_of(anatomy, True, state_of(anatomy.model))
 
 
 def wrong(run, amount):
@@ -110,11 +115,74 @@ def test_half_precision_may_move_as_far_as_another_rounding_of_the_noise_carries
     anatomy = anatomy_of(tiny_model("llama", torch.bfloat16))
     distances = iter([0.3, moved])
     monkeypatch.setattr(select, "_distance", lambda *_: next(distances))
-    choice = select._checks_of(anatomy, True), select._check(anatomy, select._checks_of(anatomy, True), "rows", True)
-    assert choice[0].tolerance == pytest.approx(0.6)
-    assert (choice[1][0] is None) == passes
+    checks = checks_of(anatomy)
+    assert checks.tolerance == pytest.approx(0.6)
+    assert (select._check(anatomy, checks, "rows", True)[0] is None) == passes
 
 
 def test_float32_has_a_tolerance_of_its_own(family):
-    checks = select._checks_of(anatomy_of(tiny_model(family)), True)
+    checks = checks_of(anatomy_of(tiny_model(family)))
     assert checks.tolerance == select.TOLERANCE[torch.float32]
+
+
+def out_of_memory(times, run):
+    """A function that runs out of memory the first times."""
+    left = [times]
+
+    def small(*args, **options):
+        if left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return run(*args, **options)
+
+    return small
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), MemoryError()])
+def test_memory_that_runs_out_in_a_check_is_an_error_and_no_verdict(family, monkeypatch, error):
+    def small(*_):
+        raise error
+
+    anatomy = anatomy_of(tiny_model(family))
+    with monkeypatch.context() as patch:
+        patch.setitem(ENGINES, "wavefront", small)
+        for engine in ("auto", "wavefront"):
+            with pytest.raises(EngineError, match=r"out of memory on cpu during the self-check, .* free memory"):
+                select.choose(anatomy, engine)
+    assert select.choose(anatomy).name == "wavefront"
+
+
+def test_plain_passes_that_do_not_fit_are_made_smaller(family, monkeypatch):
+    anatomy = anatomy_of(tiny_model(family))
+    right = select.reference.run
+    expected = select.choose(anatomy)
+    monkeypatch.setattr(select, "_CHECKS", type(select._CHECKS)())
+    monkeypatch.setattr(select.reference, "run", out_of_memory(3, right))
+    assert select.choose(anatomy) == expected
+    monkeypatch.setattr(select, "_CHECKS", type(select._CHECKS)())
+    monkeypatch.setattr(select.reference, "run", out_of_memory(100, right))
+    with pytest.raises(EngineError, match="out of memory on cpu during the self-check"):
+        select.choose(anatomy)
+
+
+@pytest.mark.parametrize("error", [AssertionError, NotImplementedError, ZeroDivisionError, StopIteration, OSError])
+def test_an_engine_that_raises_anything_steps_down(family, monkeypatch, error):
+    def crash(*_):
+        raise error("at two rows")
+
+    monkeypatch.setitem(ENGINES, "wavefront", crash)
+    choice = select.choose(anatomy_of(tiny_model(family)))
+    assert choice.name == "fork"
+    assert f"{error.__name__}: at two rows" in choice.reason
+
+
+def test_an_interrupted_check_is_made_again(family, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    anatomy = anatomy_of(tiny_model(family))
+    with monkeypatch.context() as patch:
+        patch.setitem(ENGINES, "wavefront", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            select.choose(anatomy)
+    assert select.choose(anatomy).name == "wavefront"

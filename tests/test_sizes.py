@@ -227,19 +227,26 @@ def rounded_by_call():
 
 
 @ignore_deprecations
-def test_scales_of_whole_calls_are_noticed_and_leave_one_run_at_a_time():
+@pytest.mark.parametrize("told", [False, True], ids=["quantized by somebody", "quantized by transformers"])
+def test_scales_of_whole_calls_are_noticed_and_leave_one_run_at_a_time(told):
     """torch's dynamic int8 rounds activations by the largest one of a call: a token then depends on later tokens, and
     on the rows beside its own. No packing can repeat that, so only the reference engine may run."""
-    tracer = Tracer(rounded_by_call())
+    model = rounded_by_call()
+    if told:
+        model.quantization_method = "of some package"  # as from_pretrained notes it
+    tracer = Tracer(model)
     anatomy, request = tracer._anatomy, {"prompt": [5, 6, 7, 8], "subject": (1, 2), "samples": 1}
     assert anatomy.streams == ("block_output", "mlp_activation", "attention_output")
     assert anatomy.unit_work == anatomy_of(tiny_model("llama")).unit_work
-    for engine in ("auto", "wavefront", "rows"):
-        with pytest.raises(
-            EngineError, match=r"restoring a token before the subject, .* moves log p by .* a causal mod"
-        ):
+    for engine in ("wavefront", "rows"):
+        with pytest.raises(EngineError, match=r"what a run gives moves by .* with what else is in its batch; use"):
             tracer.trace(**request, engine=engine)
-    assert tracer.trace(**request, engine="reference").metadata["engine"] == "reference"
+    result = tracer.trace(**request)
+    assert result.metadata["engine"] == "reference"
+    assert result.metadata["engine_reason"].endswith("reference is one plain forward pass after another")
+    with torch.no_grad():
+        own = model(torch.tensor([request["prompt"]])).logits[0, -1].softmax(-1)
+    assert result.clean_prob == pytest.approx(float(own.max()), rel=1e-5)
     few = job_of(anatomy).part(slice(0, None, 5), slice(None))
     alone = run("reference", anatomy, few)
     together = ENGINES["reference"](anatomy, few, lambda: None, rows=len(few.cells) * 2)
@@ -247,13 +254,26 @@ def test_scales_of_whole_calls_are_noticed_and_leave_one_run_at_a_time():
     assert 1e-2 < error(run("wavefront", anatomy, few), alone) < 0.3, "and a pack is another batch"
 
 
-@ignore_deprecations
-def test_a_model_that_transformers_quantized_may_differ_as_half_precision_does():
-    model = rounded_by_call()
-    model.quantization_method = "of some package"  # as from_pretrained notes it
-    choice = select.choose(anatomy_of(model))
+class RoundedByToken(nn.Linear):
+    """Activations in 8 bits with a scale for each token."""
+
+    def forward(self, hidden):
+        scale = hidden.abs().amax(-1, keepdim=True) / 127
+        return super().forward((hidden / scale).round() * scale)
+
+
+def test_scales_of_tokens_are_not_the_batchs_and_the_tolerance_is_what_rounding_moves():
+    model = tiny_model("llama")
+    for module in model.model.layers.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = RoundedByToken
+    model.quantization_method = "of some package"
+    anatomy = anatomy_of(model)
+    choice = select.choose(anatomy)
+    (checks,) = select._CHECKS[model]
     assert choice.name == "wavefront"
-    assert 1e-3 < choice.self_check_error < select.HALF_TOLERANCE
+    assert choice.self_check_error < checks.tolerance < select.HALF_TOLERANCE
+    assert select._effect_of_batch(anatomy, checks.job) == 0
 
 
 @pytest.mark.parametrize("settings", [{"load_in_4bit": True}, {"load_in_8bit": True}], ids=["4 bits", "8 bits"])

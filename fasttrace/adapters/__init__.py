@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
 
 from fasttrace.adapters.inputs import InputAxes, input_axes
 from fasttrace.adapters.rules import Parts, find_parts
-from fasttrace.adapters.second_look import N_TOKENS, looks_twice, neutral_token, second_look_note, words
+from fasttrace.adapters.second_look import LONG_PROMPT, N_TOKENS, looks_twice, neutral_token, second_look_note, words
 from fasttrace.adapters.sizes import config_of_block, flops_of, pair_flops, width_of
 from fasttrace.cost import UnitWork
 from fasttrace.errors import ModelError
@@ -36,10 +36,12 @@ class Anatomy:
     Attributes:
         model: the causal language model itself, unmodified.
         parts: its modules.
+        cpu_matmul: the library asked for on a CPU, see `fasttrace.cpu_linears`.
     """
 
     model: PreTrainedModel
     parts: Parts
+    cpu_matmul: str = "auto"
 
     @property
     def embedding(self) -> nn.Module:
@@ -129,7 +131,7 @@ class Anatomy:
         mixer: Any = self.parts.mixers[0]
         return input_axes(self.model, mixer, self.device)
 
-    @cached_property
+    @property
     def device(self) -> torch.device:
         """Where the model takes its token ids."""
         hook = getattr(self.embedding, "_hf_hook", None)
@@ -149,7 +151,7 @@ class Anatomy:
         """Whether some weights come to their device only when they are used."""
         return any(parameter.is_meta for parameter in self.model.parameters())
 
-    @cached_property
+    @property
     def dtype(self) -> torch.dtype:
         """Of the embeddings, hence of the residual stream."""
         return next(self.embedding.parameters()).dtype
@@ -165,7 +167,7 @@ class Anatomy:
         """Longest prompt the model has positions for, if it says."""
         return getattr(self.config, "max_position_embeddings", None)
 
-    @cached_property
+    @property
     def vocabulary(self) -> int:
         """Width of the logits."""
         return width_of(self.model.get_output_embeddings()) or self.config.vocab_size
@@ -174,12 +176,23 @@ class Anatomy:
     def neutral_token(self) -> int | None:
         """What the model's other lookups see in place of the subject; None: the input embedding is the only one."""
         vocabulary = getattr(self.config, "vocab_size", None) or self.vocabulary
-        ids = words(self.model, vocabulary, min(N_TOKENS, self.max_positions or N_TOKENS))
-        if not looks_twice(self.model, self.embedding, ids.to(self.device)):
+        if not self._looks_twice(vocabulary, N_TOKENS):
             return None
         token = neutral_token(self.model, vocabulary)
         logger.warning("%s", second_look_note(self.model, token))
         return token
+
+    def _looks_twice(self, vocabulary: int, n_tokens: int) -> bool:
+        ids = words(self.model, vocabulary, min(n_tokens, self.max_positions or n_tokens))
+        try:
+            return looks_twice(self.model, self.embedding, ids.to(self.device))
+        except Exception as error:
+            if n_tokens < LONG_PROMPT:  # a hook of somebody's may be made for longer prompts
+                return self._looks_twice(vocabulary, LONG_PROMPT)
+            told = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ModelError(
+                f"{type(self.model).__name__} fails on a prompt of {ids.shape[1]} tokens ({told})"
+            ) from error
 
     @cached_property
     def keeps_logits(self) -> bool:
@@ -206,12 +219,13 @@ class Anatomy:
         )
 
 
-def anatomy_of(model: Any, modules: Mapping[str, str] | None = None) -> Anatomy:
+def anatomy_of(model: Any, modules: Mapping[str, str] | None = None, cpu_matmul: str = "auto") -> Anatomy:
     """Finds the parts of a model.
 
     Args:
         model: a causal language model.
         modules: paths of modules that the rules do not find; see `Tracer`.
+        cpu_matmul: see `Anatomy`.
 
     Raises:
         ModelError: not a decoder-only language model, without weights, with blocks that no rule finds, or with
@@ -231,7 +245,7 @@ def anatomy_of(model: Any, modules: Mapping[str, str] | None = None) -> Anatomy:
         raise ModelError(f"the blocks of {name} are in several processes; load it with tp_size or device_map='auto'")
     if _has_no_weights(model):
         raise ModelError("the model has no weights (meta device); load it with from_pretrained, or call to_empty first")
-    anatomy = Anatomy(model, find_parts(model, modules))
+    anatomy = Anatomy(model, find_parts(model, modules), cpu_matmul)
     _ = anatomy.row_axis  # two short calls of the model, before anybody's hooks are on it
     if getattr(anatomy.config, "num_kv_shared_layers", None):
         _check_shares_without_cache(anatomy)

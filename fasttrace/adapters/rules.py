@@ -59,7 +59,22 @@ def find_parts(model: Any, modules: Mapping[str, str] | None) -> Parts:
     attention = mixers if "attention" in paths else tuple(map(_without_residual, mixers))
     mlp = mlps if "mlp" in paths else tuple(map(_without_residual, mlps))
     down = _in_blocks(blocks, paths, "down", ()) if "down" in paths else tuple(map(_down_of, mlp))
-    return Parts(embedding, blocks, mixers, attention, mlp, down)
+    parts = Parts(embedding, blocks, mixers, attention, mlp, down)
+    _refuse_shared(type(model).__name__, parts)
+    return parts
+
+
+def _refuse_shared(name: str, parts: Parts) -> None:
+    """Raises if a module is part of several blocks: what a hook does for one of them it would do for all."""
+    for what, modules in (("block", parts.blocks), ("attention", parts.mixers), ("MLP", parts.mlp)):
+        first: dict[int, int] = {}
+        for number, module in enumerate(modules):
+            if module is not None and first.setdefault(id(module), number) != number:
+                raise ModelError(
+                    f"blocks {first[id(module)]} and {number} of {name} have one {what} module in common, so a value "
+                    "restored in one block would be restored in both: give each a module of its own (copy.deepcopy), "
+                    "whose weights may be the same tensors"
+                )
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from fasttrace.hooks import evaluating, output_hook
 
 N_TOKENS = 8
+LONG_PROMPT = 64
+"""Tokens where a hook of somebody's fails on fewer."""
 
 BY_CHANCE = 10
 """How much farther other ids have to move the logits than the same ids do on a model that never repeats its numbers."""

@@ -8,14 +8,16 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 
 from fasttrace.adapters import Anatomy
 from fasttrace.cost import Cost, total
 from fasttrace.engines import ENGINES, LAYOUTS, PACKING, cost_of_job
 from fasttrace.engines.job import Job
-from fasttrace.engines.memory import Budget, shares_passes, tokens_allowed
+from fasttrace.engines.memory import Budget, is_out_of_memory, shares_passes, tokens_allowed
 from fasttrace.errors import EngineError
+from fasttrace.hooks import apart
+from fasttrace.ops import how_computed
 from fasttrace.packs import forget, peak_tokens
 from fasttrace.readout import Scores
 
@@ -58,9 +60,10 @@ def run_together(
     if tokens <= budget.tokens:
         try:
             scores = PACKING[engine](anatomy, jobs, lambda: None, ready)
-            return [(each, cost_of_job(engine, anatomy, job)) for each, job in zip(scores, jobs, strict=True)]
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error) or shares_passes(anatomy):
+            costs = [cost_of_job(engine, anatomy, job) for job in jobs]
+            return list(zip(map(_with_how, scores), costs, strict=True))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or shares_passes(anatomy):
                 raise
             budget.lower(tokens)
         _make_room()
@@ -104,8 +107,8 @@ class _Passes:
                 try:
                     scores = self._pass(job)
                     break
-                except RuntimeError as error:
-                    if not should_reduce_batch_size(error) or shares_passes(self.anatomy):
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error) or shares_passes(self.anatomy):
                         raise
                     halves = self._split_smaller(job, error)
                 _make_room()
@@ -131,12 +134,13 @@ class _Passes:
     def _pass(self, job: Job) -> Scores:
         scores = ENGINES[self.engine](self.anatomy, job, self._tick)
         self.costs.append(cost_of_job(self.engine, self.anatomy, job))
-        return scores
+        return _with_how(scores)
 
     def _tick(self) -> None:
         self.done += 1
         if self.progress is not None:
-            self.progress(self.done, self.steps)
+            with apart():
+                self.progress(self.done, self.steps)
 
     def _split(self, job: Job) -> tuple[Job, Job] | None:
         """A part that fits and the rest, or two halves; None if the job fits or cannot be split."""
@@ -151,7 +155,7 @@ class _Passes:
         half = len(job.cells) // 2
         return job.part(slice(half), slice(None)), job.part(slice(half, None), slice(None))
 
-    def _split_smaller(self, job: Job, error: RuntimeError) -> tuple[Job, Job]:
+    def _split_smaller(self, job: Job, error: BaseException) -> tuple[Job, Job]:
         """Halves the budget below a pack that did not fit."""
         tokens = self._peak_tokens(job) if self.engine in LAYOUTS else 0
         if max(1, len(job.cells)) * job.samples < 2 or self.engine not in LAYOUTS:
@@ -168,8 +172,15 @@ class _Passes:
         return job.peak_tokens(self.anatomy.n_layers, LAYOUTS[self.engine])
 
 
+def _with_how(scores: Scores) -> Scores:
+    """With what the operations around the engine were computed by."""
+    return replace(scores, how={**how_computed(), **scores.how})
+
+
 def _joined(first: Scores, second: Scores, by_cell: bool) -> Scores:
     cells = np.concatenate((first.cells, second.cells), axis=0 if by_cell else 1)
+    if first.how != second.how:  # a kernel failed in between
+        first = replace(first, how={**first.how, "attention_by": "kernel and groups"})
     if by_cell:
         return replace(first, cells=cells)
     return replace(first, cells=cells, corrupted=np.concatenate((first.corrupted, second.corrupted)))

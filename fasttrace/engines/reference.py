@@ -15,7 +15,7 @@ from fasttrace.adapters import Anatomy
 from fasttrace.cells import Cell, Edit
 from fasttrace.engines.job import Job, Tick
 from fasttrace.errors import EngineError
-from fasttrace.hooks import evaluating, hidden_hook, output_hook
+from fasttrace.hooks import forward_pass, hidden_hook, output_hook
 from fasttrace.readout import Scores, distributions
 
 Run = tuple[Cell, int | None]
@@ -41,7 +41,7 @@ def run(anatomy: Anatomy, job: Job, tick: Tick, rows: int = 1) -> Scores:
     restored: list[Run] = [(cell, sample) for cell in job.cells for sample in range(job.samples)]
     sites = {(edit.site, edit.layer) for cell in job.cells for edit in cell}
     values: dict[tuple[str, int], list[Tensor]] = {place: [] for place in sites}
-    with evaluating(anatomy.model):
+    with forward_pass(anatomy.model):
         base_rows = []
         for part in _parts(base, rows):
             recorded, distribution = _pass(anatomy, job, part, {}, sites)

@@ -14,7 +14,7 @@ from fasttrace.adapters import Anatomy
 from fasttrace.adapters.inputs import Path
 from fasttrace.engines.job import Job, Tick, base_ids, corrupted, pack_of_jobs
 from fasttrace.engines.tables import BlockTables, LastBlock, base_logits, grown, picked, restore, tables_of
-from fasttrace.hooks import evaluating, input_hook, output_hook, raw_output_hook
+from fasttrace.hooks import forward_pass, input_hook, output_hook, raw_output_hook
 from fasttrace.plan import Layout
 from fasttrace.readout import Scores
 
@@ -31,7 +31,7 @@ def run(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
     given = tables_of(pack, anatomy.device)
     last_block = LastBlock(anatomy, pack, given)
     with ExitStack() as stack:
-        stack.enter_context(evaluating(anatomy.model))
+        stack.enter_context(forward_pass(anatomy.model))
         stack.enter_context(output_hook(anatomy.embedding, partial(corrupted, [job])))
         for number, tables in enumerate(given.blocks):
             _Step(anatomy, number, tables, pack.n_base, pack.width).hook(stack)

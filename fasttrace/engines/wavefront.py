@@ -6,7 +6,7 @@ pre-hook grows the pack by one gather, and the last block's hook hands the base 
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,7 @@ from fasttrace.engines.tables import (
 )
 from fasttrace.errors import EngineError
 from fasttrace.fork import Fork, forked_attention
-from fasttrace.hooks import evaluating, input_hook, output_hook, raw_output_hook
+from fasttrace.hooks import forward_pass, input_hook, output_hook, raw_output_hook
 from fasttrace.ops import attention_kernel
 from fasttrace.packs import Pack
 from fasttrace.plan import Layout
@@ -110,7 +110,7 @@ def _run(anatomy: Anatomy, ready: Ready, tick: Tick, attention: Attention) -> li
     state = PackState(pack.base_rows, pack.width, kernel=ready.kernel)
     last_block = LastBlock(anatomy, pack, given)
     with ExitStack() as stack:
-        stack.enter_context(evaluating(anatomy.model))
+        stack.enter_context(forward_pass(anatomy.model))
         fork = stack.enter_context(attention(anatomy, state))
         stack.enter_context(output_hook(anatomy.embedding, partial(corrupted, jobs)))
         for number, tables in enumerate(given.blocks):
@@ -120,7 +120,8 @@ def _run(anatomy: Anatomy, ready: Ready, tick: Tick, attention: Attention) -> li
         logits = base_logits(anatomy, ready.ids)
     if state.calls != anatomy.n_layers:
         raise EngineError(f"{state.calls} of {anatomy.n_layers} blocks attended through the pack; use engine='rows'")
-    return last_block.scores(logits, [job.target for job in jobs])
+    how = {"attention_by": "groups" if state.kernel is None else state.kernel.by}
+    return [replace(scores, how=how) for scores in last_block.scores(logits, [job.target for job in jobs])]
 
 
 @dataclass(frozen=True)
