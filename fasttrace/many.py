@@ -22,7 +22,7 @@ from fasttrace.engines.job import Job
 from fasttrace.engines.memory import Budget, check_samples, tokens_allowed
 from fasttrace.engines.passes import run_together
 from fasttrace.engines.select import confirm, prompts_share_passes
-from fasttrace.errors import NumericsError, PlanError, PromptError
+from fasttrace.errors import NumericsError, PromptError
 from fasttrace.hooks import evaluating
 from fasttrace.ops import fused
 from fasttrace.prompts import Prompt, token_text

@@ -247,7 +247,7 @@ def tiny_config(model_type: str, **settings: Any) -> PreTrainedConfig:
 def _check_is_known(model_type: str) -> None:
     """Skips the test at hand where an older transformers has no such type; a wrong name is an error everywhere."""
     is_missing = model_type not in CONFIG_MAPPING and INSTALLED < NEWEST
-    if is_missing or INSTALLED < WRONG_BEFORE.get(model_type, INSTALLED):
+    if is_missing or WRONG_BEFORE.get(model_type, INSTALLED) > INSTALLED:
         raise SkipTest(f"transformers {transformers.__version__} has no {model_type}, or a wrong one")
 
 
