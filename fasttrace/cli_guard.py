@@ -2,7 +2,8 @@
 
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, TextIO
 
 import typer
@@ -29,29 +30,40 @@ class Guarded(TyperGroup):
             if getattr(sys, name) is None:  # closed before the program began
                 setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
             stream: Any = getattr(sys, name)
-            if hasattr(stream, "reconfigure"):
+            with suppress(AttributeError, OSError, ValueError):  # another kind of stream, or one closed meanwhile
                 stream.reconfigure(errors="backslashreplace")
         return super().main(*args, **kwargs)
 
+    def make_context(self, info_name: str | None, args: Any, *others: Any, **extra: Any) -> Any:
+        """Parses what stands before a command's name; nothing at all asks for help."""
+        with nullcontext() if not args else _explained(debug=False):
+            return super().make_context(info_name, args, *others, **extra)
+
     def invoke(self, ctx: Any) -> Any:
         """Runs the command that was parsed."""
-        try:
+        with _explained(ctx.params.get("debug", False)):
             return super().invoke(ctx)
-        except KeyboardInterrupt as error:
-            tell(f"interrupted: {str(error) or 'nothing half-written was left'}")
-            raise typer.Exit(130) from None
-        except BrokenPipeError:
-            if ctx.params.get("debug"):
-                raise
-            _silence(sys.stdout)
-            raise typer.Exit(BROKEN_PIPE) from None
-        except Exception as error:
-            message = _message_of(error)
-            if message is None or ctx.params.get("debug"):
-                raise
-            if not getattr(error, "elsewhere", False):  # which another process of the same start says
-                tell(f"error: {message}")
-            raise typer.Exit(2) from None
+
+
+@contextmanager
+def _explained(debug: bool) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        tell(f"interrupted: {str(error) or 'nothing half-written was left'}")
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        if debug:
+            raise
+        _silence(sys.stdout)
+        raise typer.Exit(BROKEN_PIPE) from None
+    except Exception as error:
+        message = _message_of(error)
+        if message is None or debug:
+            raise
+        if not getattr(error, "elsewhere", False):  # which another process of the same start says
+            tell(f"error: {message}")
+        raise typer.Exit(2) from None
 
 
 def say(message: str) -> None:

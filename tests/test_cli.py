@@ -1,9 +1,13 @@
 """The command line on a tiny random GPT-2 with a tokenizer of its own."""
 
+import errno
+import inspect
+import io
 import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 
 import pandas as pd
 import pytest
@@ -518,11 +522,11 @@ def said(done):
     [
         (("--window", 0), "window is 0"),
         (("--window", 10**30), "window is 1000"),
-        (("--window", "x"), "'--window': 'x' is not a valid int"),
+        (("--window", "x"), "Invalid value for '--window'"),
         (("--samples", 0), "samples is 0"),
         (("--samples", 10**8), "samples is 100000000: expected a whole number from 1 to 1000000"),
         (("--samples", 10**30), "samples is 1000"),
-        (("--samples", 2.5), "'--samples': '2.5' is not a valid int"),
+        (("--samples", 2.5), "Invalid value for '--samples'"),
         (("--seed", -1), "seed is -1: expected a whole number from 0 to 4294967295"),
         (("--seed", 2**32), "seed is 4294967296"),
         (("--noise", "x"), "noise rule 'x' is unknown"),
@@ -562,13 +566,14 @@ def test_a_wrong_option_is_one_line_before_the_model_is_loaded(options, named, m
         (("trace", PROMPT, "--span", "5:2"), "--span is '5:2' and holds no token"),
         (("trace", PROMPT, "--span", "x"), "--span is 'x'"),
         (("trace", PROMPT, "--span", f"0:{'9' * 5000}"), "--span has a number of 5000 digits"),
-        (("trace", " ", "--subject", "a"), "the prompt is ' ', which is empty"),
+        (("trace", " ", "--subject", "a"), "prompt is ' ', which is empty"),
         (("trace", PROMPT, "--subject", ""), "subject is '', which is empty"),
         (("trace", "1 2 x", "--ids", "--span", "0:1"), "the prompt is '1 2 x', expected token ids"),
         (("trace", "1 -2", "--ids", "--span", "0:1"), "expected token ids"),
         (("trace", "9" * 5000, "--ids", "--span", "0:1"), "the prompt has a number of 5000 digits"),
         (("trace", "a\udcffb", "--subject", "a"), "half of a character"),
-        (("trace",), "PROMPT"),
+        (("trace",), "Missing argument"),
+        (("--no-such-option",), "--no-such-option"),
         (("demo", "--engine", "x"), "unknown engine 'x'"),
         (("demo", "--dtype", "x", "--out", "new"), "unknown dtype 'x'"),
         (("verify", "--engine", "x"), "unknown engine 'x'"),
@@ -591,7 +596,7 @@ def test_dots_per_inch_have_their_bounds(folder, tmp_path, without_figure):
         assert f"dpi is {str(dpi)[:5]}" in said(run("plot", tmp_path / "run", "--dpi", dpi))
 
 
-@pytest.mark.parametrize("place", ["/proc/x", "file/run", "file", "x" * 300, "new/" + "x" * 300, "a\udcff\ud800"])
+@pytest.mark.parametrize("place", ["/proc/x", "file/run", "file", "x" * 300, "new/" + "x" * 300])
 @pytest.mark.parametrize("command", [("trace", PROMPT, "--subject", "The"), ("demo",), ("verify",)])
 def test_a_folder_that_cannot_be_written_to_is_one_line_before_the_model_is_loaded(
     command, place, monkeypatch, tmp_path
@@ -647,10 +652,15 @@ class Failing(io.TextIOWrapper):
 
     def __init__(self, error):
         super().__init__(io.BytesIO(), encoding="utf-8")
-        self.error = error
+        self.error, self.written = error, False
+
+    def write(self, text):
+        self.written = True
+        return len(text)
 
     def flush(self):
-        raise self.error
+        if self.written:
+            raise self.error
 
 
 @pytest.mark.parametrize(
