@@ -286,5 +286,6 @@ def test_blocks_that_share_keys_only_through_a_cache_are_refused(monkeypatch):
             return forward(*args, use_cache=use_cache, **kwargs)
 
     model.forward = uncached
-    with pytest.raises(ModelError, match=r"gives other logits without a cache of keys and values, .* update transformers"):
+    said = r"gives other logits without a cache of keys and values, .* update transformers"
+    with pytest.raises(ModelError, match=said):
         fasttrace.Tracer(model)

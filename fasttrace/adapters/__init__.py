@@ -260,7 +260,8 @@ def _check_shares_without_cache(anatomy: Anatomy) -> None:
     moved = (without - cached).abs().max()
     if moved > 0.1 * cached.std():
         raise ModelError(
-            f"{type(anatomy.model).__name__} of transformers {version('transformers')} gives other logits without a cache "
+            f"{type(anatomy.model).__name__} of transformers {version('transformers')} gives other logits without a "
+            "cache "
             "of keys and values, which its last blocks share; update transformers"
         )
 
