@@ -261,8 +261,7 @@ def _check_shares_without_cache(anatomy: Anatomy) -> None:
     if moved > 0.1 * cached.std():
         raise ModelError(
             f"{type(anatomy.model).__name__} of transformers {version('transformers')} gives other logits without a "
-            "cache "
-            "of keys and values, which its last blocks share; update transformers"
+            "cache of keys and values, which its last blocks share; update transformers"
         )
 
 
