@@ -71,8 +71,9 @@ def add_adapter(model: Any, name: str, source: str, revision: str | None) -> nn.
 
     settings = PeftConfig.from_pretrained(source, revision=revision)
     if settings.is_prompt_learning:
+        kind = getattr(settings.peft_type, "value", settings.peft_type)
         raise ModelError(
-            f"the adapter {name} ({settings.peft_type.value}) puts positions of its own before the prompt, and cannot "
+            f"the adapter {name} ({kind}) puts positions of its own before the prompt, and cannot "
             "be traced; adapters inside of modules can, such as LoRA's"
         )
     if "disk" in getattr(model, "hf_device_map", {}).values():
