@@ -96,7 +96,8 @@ def whole_number(
     except Exception:  # whatever the object does when it is asked
         found = None
     if found is None or not least <= found <= most:
-        wanted = " ".join(filter(None, ("a whole number", _range(least, most), meaning and f"({meaning})")))
+        kind = "a smaller whole number" if found is not None and found > LARGEST else "a whole number"
+        wanted = " ".join(filter(None, (kind, _range(least, most), meaning and f"({meaning})")))
         raise error(f"{name} is {shown(value)}: expected {wanted}")
     return found
 

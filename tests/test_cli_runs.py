@@ -289,3 +289,69 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
     done = export(tmp_path)
     assert done.exit_code == 2
     assert f"no manifest.json at {tmp_path}: expected a folder written by 'fasttrace run'" in last_line(done)
+
+
+# What is wrong whatever the model is said before it is loaded.
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--samples", 0), "samples is 0"),
+        (("--samples", 10**30), "samples is 1000"),
+        (("--window", 0), "window is 0"),
+        (("--seed", -1), "seed is -1"),
+        (("--noise", "x"), "noise rule 'x'"),
+        (("--noise", "inf"), "noise has standard deviation inf"),
+        (("--budget", "x"), "budget is 'x'"),
+        (("--engine", "x"), "unknown engine 'x'"),
+        (("--stream", "x"), "unknown stream 'x'"),
+        (("--shard", "x"), "unknown shard 'x': give one of facts, cells"),
+        (("--compat", "x"), "compat is 'x'"),
+        (("--dtype", "x"), "unknown dtype 'x'"),
+        (("--device", "cuda:99"), "device 'cuda:99' is not there"),
+        (("--device", "auto", "--device-map", "x"), "device_map is 'x'"),
+        (("--module", "x"), "--module is 'x'"),
+        (("--noise-subjects", "none.txt"), "none.txt"),
+        (("--limit", 0), "--limit"),
+        (("--out", "/proc/x"), "cannot be written to"),
+        (("--out", "x" * 300), "cannot be written to (File name too long)"),
+        (("--facts", "none.jsonl"), "none.jsonl"),
+        (("--facts", "."), "."),
+        (("--facts", ""), "facts are read from"),
+    ],
+)
+def test_a_wrong_option_of_a_run_is_one_line_before_the_model_is_loaded(home, tmp_path, options, named, monkeypatch):
+    monkeypatch.setattr("fasttrace.api.load", lambda *_args, **_options: pytest.fail("the model was loaded"))
+    monkeypatch.chdir(tmp_path)
+    done = run(home, tmp_path / "run", *options)
+    assert done.exit_code == 2, done.output
+    assert isinstance(done.exception, SystemExit)
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert named in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("average", "--seed", -1), "seed is -1"),
+        (("average", "--bootstrap", 0), "--bootstrap"),
+        (("average", "--bootstrap", 10**30), "bootstrap is 1000"),
+        (("average", "--value", "x"), "unknown value 'x'"),
+        (("average", "--compat", "x"), "unknown compat 'x'"),
+        (("average", "--out", "/proc/x"), "cannot be written to"),
+        (("export", "--format", "x"), "unknown format 'x'"),
+        (("export", "--out", "/proc/x"), "cannot"),
+        (("report", "--out", "/proc/x/a.html"), "cannot write"),
+    ],
+)
+def test_a_wrong_option_behind_a_run_is_one_line(finished, words, named):
+    command, *options = words
+    done = CliRunner().invoke(cli.app, [str(word) for word in (command, finished, *options)])
+    assert done.exit_code == 2, done.output
+    assert isinstance(done.exception, SystemExit)
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert named in line
