@@ -193,7 +193,7 @@ def cpu_matmul(anatomy: Anatomy, fuse: bool) -> dict[str, str]:
     head = anatomy.model.get_output_embeddings()
     products = {"blocks": next(filter(has_plain_product, anatomy.blocks[0].modules()), None), "head": head}
     takes = _onednn_rule(anatomy)
-    return {what: _library(linear, fuses and takes(linear)) for what, linear in products.items()}
+    return {what: _library(module, fuses and takes is not None and takes(module)) for what, module in products.items()}
 
 
 def _library(linear: Any, by_onednn: bool) -> str:
@@ -207,16 +207,19 @@ def _library(linear: Any, by_onednn: bool) -> str:
 def _for_onednn(anatomy: Anatomy) -> set[nn.Module]:
     """Modules whose matrix products are left to oneDNN."""
     takes = _onednn_rule(anatomy)
-    return {module for module in anatomy.model.modules() if takes(module)}
+    return set() if takes is None else {module for module in anatomy.model.modules() if takes(module)}
 
 
-def _onednn_rule(anatomy: Anatomy) -> Callable[[Any], bool]:
-    """Which modules take oneDNN. Products of narrow models cost more to call: there it has to be named."""
+def _onednn_rule(anatomy: Anatomy) -> Callable[[Any], bool] | None:
+    """Which modules take oneDNN; None: no module does.
+
+    Products of narrow models cost more to call: there it has to be named.
+    """
     asked = library_asked(anatomy.cpu_matmul)
     if asked == "onednn":
         return is_plain_linear
     if asked == "mkl" or anatomy.d_model < CPU_WIDTH:
-        return lambda _: False
+        return None
     head, threads = anatomy.model.get_output_embeddings(), torch.get_num_threads()
 
     def is_faster(module: Any) -> bool:
