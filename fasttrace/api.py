@@ -20,7 +20,7 @@ from fasttrace.engines.state import follow, state_of
 from fasttrace.errors import FasttraceError, ModelError, PlanError, PromptError
 from fasttrace.identity import identity_of, shown_name
 from fasttrace.loading import load
-from fasttrace.model_arguments import check_model, check_modules, checked_label, explain_call
+from fasttrace.model_arguments import check_model, check_modules, checked_label, checked_name, explain_call
 from fasttrace.ops import fused
 from fasttrace.prompts import Prompt, encode, subjects_of
 from fasttrace.results import TraceResult
@@ -133,6 +133,7 @@ class Tracer:
             ModelError: the model cannot be found, read or traced; its files lack weights, or have others than the
                 model; it comes with code; an unknown dtype or device.
         """
+        name = checked_name(name)
         check_modules(modules)
         places = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
         library_asked(cpu_matmul)

@@ -148,7 +148,7 @@ def load(
     model = _model_of(f"{base}, the base model of the adapter {name},", base, base_files, place)
     with explained(name, source, revision):
         model = add_adapter(model, name, source, revision)
-    own = cached_file(source, "tokenizer_config.json", revision=revision, **checkpoints.QUIETLY)
+        own = cached_file(source, "tokenizer_config.json", revision=revision, **checkpoints.QUIETLY)
     tokenizer = _tokenizer_of(base, base_files) if own is None else _tokenizer_of(source, files, config=model.config)
     return _ready(model), tokenizer
 

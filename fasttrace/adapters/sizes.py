@@ -28,7 +28,8 @@ def pair_flops(config: Any, d_model: int) -> int:
     """
     heads = getattr(config, "num_attention_heads", 0)
     heads = heads if isinstance(heads, int) else max(heads, default=0)
-    return 4 * heads * (getattr(config, "head_dim", None) or d_model // max(1, heads))
+    size = getattr(config, "head_dim", None)
+    return 4 * heads * (size if isinstance(size, int) and size else d_model // max(1, heads))
 
 
 def flops_of(module: nn.Module | None, config: Any = None) -> int:
