@@ -273,11 +273,15 @@ def _wrong_pickle(path: Path) -> str | None:
         return f"holds more than weights ({what}) and is not opened: get the model as safetensors"
 
 
+SPEAKING = (OSError, ValueError, RuntimeError, ImportError)
+"""Errors whose words are sentences; of others the kind is said too."""
+
+
 def first_line(error: object, most: int = 200) -> str:
     """An error's first line, with its kind where the words say little without; cut where it is long."""
     lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines() if line.strip()]
     line = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
-    if not line or (isinstance(error, Exception) and not isinstance(error, (OSError, ValueError, RuntimeError))):
+    if not line or (isinstance(error, Exception) and not isinstance(error, SPEAKING)):
         line = f"{type(error).__name__}: {line}".rstrip(": ")
     return line if len(line) <= most else line[: most - 3] + "..."
 

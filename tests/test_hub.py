@@ -32,7 +32,7 @@ print(json.dumps(said))
 class Hub(BaseHTTPRequestHandler):
     """Refuses every request, by the repository's owner."""
 
-    def do_GET(self):  # noqa: N802 - its base class's name
+    def do_GET(self):
         status, code = next(answer for owner, answer in ANSWERS.items() if f"/{owner}/" in self.path)
         self.send_response(status)
         self.send_header("X-Error-Code", code)

@@ -203,5 +203,5 @@ def test_models_of_other_kinds_are_refused(folder, tmp_path):
     with pytest.raises(ModelError, match=r"cannot be loaded: The checkpoint .* model type `oddity`"):
         load(edited(folder, tmp_path, model_type="oddity"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match="cannot be loaded: Error no file named model.safetensors"):
+    with pytest.raises(ModelError, match=r"cannot be loaded: Error no file named model\.safetensors"):
         load(edited(folder, tmp_path / "empty"))
