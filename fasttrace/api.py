@@ -379,8 +379,10 @@ class Tracer:
             PlanError: an unknown noise rule, subjects that it cannot be measured on, or noise beyond the model's dtype.
             EngineError: an unknown engine, or none that passes the self-check.
         """
-        choice = self.choose_engine(engine)  # first: the model may have moved
         ids = subjects_of(self.tokenizer, subjects, self._anatomy.vocabulary) if isinstance(noise, str) else []
+        if not isinstance(noise, str):
+            _check_sigma(noise, noise, self.dtype)
+        choice = self.choose_engine(engine)  # before the noise is measured: the model may have moved
         sigma = sigma_of(noise, self._anatomy.embedding, ids, self.device)
         _check_sigma(noise, sigma, self.dtype)
         about = {

@@ -50,6 +50,15 @@ LONGEST_NAME = 255
 MOST_ITEMS = 1_000_000
 """Items that a list may have: an iterator without an end is refused there."""
 
+OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "CUDNN_STATUS_NOT_SUPPORTED",
+    "FATAL ERROR :: MALLOC failed",
+)
+"""What torch says of devices and of the host."""
+
 SMALL_BYTES = 2**28
 """Main memory that is taken to be there without asking."""
 
@@ -361,10 +370,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the memory of the host or of a device ran out."""
     if isinstance(error, FasttraceError):
         return False
-    words = ("out of memory", "can't allocate memory", "not enough memory")  # torch's, of devices and of the host
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(each in str(error) for each in words)
-    )
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    return said or isinstance(error, MemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
 
 
 def _plain(value: Any) -> Any:

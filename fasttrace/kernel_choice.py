@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fasttrace.engines.memory import is_out_of_memory
+from fasttrace.checks import is_out_of_memory
 
 logger = logging.getLogger("fasttrace")
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import psutil
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import distributed
 
 from fasttrace.adapters import Anatomy
@@ -98,13 +97,6 @@ def check_samples(anatomy: Anatomy, samples: int, streams: Sized, prompts: Itera
 def _bytes_per_sample(anatomy: Anatomy, cells: int, length: int, span: tuple[int, int]) -> int:
     """Noise as drawn and as scaled, distributions as computed and as joined, and as much of the cells' scores."""
     return 2 * (8 * (span[1] - span[0]) * anatomy.d_model + 4 * anatomy.vocabulary + 8 * cells * length)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device, or the host, had too little memory."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error):
-        return True
-    return isinstance(error, Exception) and should_reduce_batch_size(error)
 
 
 def shares_passes(anatomy: Anatomy) -> bool:

@@ -11,10 +11,11 @@ import numpy as np
 from accelerate.utils.memory import clear_device_cache
 
 from fasttrace.adapters import Anatomy
+from fasttrace.checks import is_out_of_memory
 from fasttrace.cost import Cost, total
 from fasttrace.engines import ENGINES, LAYOUTS, PACKING, cost_of_job
 from fasttrace.engines.job import Job
-from fasttrace.engines.memory import Budget, is_out_of_memory, shares_passes, tokens_allowed
+from fasttrace.engines.memory import Budget, shares_passes, tokens_allowed
 from fasttrace.errors import EngineError
 from fasttrace.hooks import apart
 from fasttrace.ops import how_computed

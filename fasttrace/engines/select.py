@@ -21,11 +21,11 @@ from fasttrace.adapters import Anatomy
 from fasttrace.adapters.families import NOT_PACKED
 from fasttrace.adapters.second_look import LONG_PROMPT
 from fasttrace.cells import Cell, Edit, window_of
+from fasttrace.checks import is_out_of_memory
 from fasttrace.corruption import draw, sigma_of
 from fasttrace.engines import ENGINES, PACKING, reference
 from fasttrace.engines.in_float32 import can_be_widened, difference_in_float32
 from fasttrace.engines.job import Job
-from fasttrace.engines.memory import is_out_of_memory
 from fasttrace.engines.state import State, refuse_autocast, state_of
 from fasttrace.errors import EngineError
 from fasttrace.hooks import exclusive, refuse_inside_a_pass
