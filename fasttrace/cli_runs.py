@@ -265,6 +265,7 @@ def report(
     allow_incomplete: AllowIncomplete = False,
 ) -> None:
     """Write a run as one HTML page that works without a network: averages, a table of facts, their grids."""
+    from fasttrace.files import as_utf8
     from fasttrace.report import write_report
     from fasttrace.stores import Store
 
@@ -274,7 +275,7 @@ def report(
     path = write_report(
         store.records(shown),
         out or folder / "report.html",
-        title=about.get("name"),
+        title=as_utf8(about.get("name") or None),
         bad_rows=about.get("bad_rows", ()),
         notes=(*store.notes, *shown.notes),
         missing=shown.missing,

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from fasttrace.errors import StoreError
 from fasttrace.files import HOUR, TEMPORARY, remove_stale
@@ -46,8 +45,8 @@ def check_writable(folder: Path) -> None:
             raise StoreError(f"{existing} is a file, expected a folder: give another one with --out")
         if not os.access(existing, os.W_OK | os.X_OK):
             raise StoreError(f"{existing} cannot be written to: give another folder with --out")
-        with TemporaryDirectory(prefix=TEMPORARY, dir=existing) as scratch:
-            Path(scratch, os.path.relpath(folder, existing)).mkdir(parents=True, exist_ok=True)
+        with _scratch(existing) as scratch:  # of the kind that the next writer removes, should this one be killed now
+            (scratch / os.path.relpath(folder, existing)).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(f"{folder} cannot be written to ({error.strerror}): give another folder with --out") from error
 

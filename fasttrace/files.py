@@ -188,10 +188,11 @@ def remove_stale(folder: Path, age: float = HOUR) -> None:
         age: seconds since a file was last written, by the file system's clock; a living process is done with one long
             before an hour.
     """
-    now = clock_of(folder)
+    left = paths_in(folder, f"{TEMPORARY}*")
+    now = clock_of(folder) if left else None  # asking leaves a file of its own, should the process be killed now
     if now is None:
         return
-    for path in paths_in(folder, f"{TEMPORARY}*"):
+    for path in left:
         with suppress(OSError):
             if now - path.stat().st_mtime > age:
                 path.unlink()

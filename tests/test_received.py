@@ -16,6 +16,7 @@ from fasttrace import received, report
 from fasttrace.aggregate import average
 from fasttrace.errors import FasttraceError, StoreError
 from fasttrace.exports import EXPORTS, export
+from fasttrace.files import as_utf8
 from fasttrace.manifest import _checksum
 from fasttrace.parts import DamagedPartError, read_part
 from fasttrace.received import parsed, patiently, read_regular
@@ -79,7 +80,9 @@ def use(monkeypatch, tmp_path):
             lambda: store().frame(),
             lambda: list(store().records()),
             lambda: average(store().records(), bootstrap=2),
-            lambda: write_report(store().records(), tmp_path / "r.html", title=store().description.get("name")),
+            lambda: write_report(
+                store().records(), tmp_path / "r.html", title=as_utf8(store().description.get("name") or None)
+            ),
             *(lambda kind=kind: export(store(), tmp_path / kind, kind) for kind in EXPORTS),
         ]
         errors = [error for error in map(error_of, actions) if error]
