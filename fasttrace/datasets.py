@@ -125,8 +125,9 @@ def read_facts(source: Any, *, strict: bool = False, limit: int | None = None) -
         logger.warning("%s: taken otherwise than written, %d times: %s", found.name, len(noted), _listed(noted))
     for told in gathered.told:
         logger.warning("%s: %s", found.name, told)
-    subjects = source.subjects if isinstance(source, FactSet) else tuple(gathered.subjects)
-    return FactSet(name, tuple(facts), tuple(bad), subjects, tuple(gathered.columns))
+    if isinstance(source, FactSet):
+        return FactSet(name, tuple(facts), tuple(bad), source.subjects, source.columns)
+    return FactSet(name, tuple(facts), tuple(bad), tuple(gathered.subjects), tuple(gathered.columns))
 
 
 def _limit(limit: Any) -> int:

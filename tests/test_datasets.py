@@ -307,6 +307,8 @@ def test_a_set_without_answers_is_refused_where_they_are_asked_for():
     nowhere = read_facts([{"prompt": "Big Ben is in", "subject": "Big Ben", "zielwort": "London"}])
     with pytest.raises(PromptError, match=r"its columns are prompt, subject, zielwort; rename the one .* to target"):
         check_answers(nowhere)
+    with pytest.raises(PromptError, match=r"its columns are prompt, subject, zielwort; rename"):
+        check_answers(read_facts(nowhere))
 
 
 # Where the subject stands.
@@ -372,6 +374,10 @@ def test_a_subject_in_another_unicode_form_is_found_and_that_is_noted(form, text
     assert fact.subject == text
     assert len(fact.notes) == (subject != text)
     assert all("in another Unicode form (there " in note for note in fact.notes)
+
+
+def test_both_forms_in_one_prompt_are_two_places():
+    assert "occurs 2 times" in bad_row({"prompt": "Zo\u00eb and Zoe\u0308 are", "subject": "Zo\u00eb"})
 
 
 def test_a_letter_is_not_cut_from_its_mark():
