@@ -6,6 +6,7 @@ holds nobody up, and what one that is killed was computing is computed by anothe
 one prompt, each on a part of its cells.
 """
 
+import atexit
 import logging
 import os
 import pickle
@@ -91,6 +92,7 @@ class Ranks:
                 f"the launcher started {started} processes, of which this one sees {state.num_processes}: start them "
                 "with accelerate launch or torchrun, and make no PartialState or Accelerator before"
             )
+        _part_at_exit()
         return cls(state.process_index, state.num_processes)
 
     @property
@@ -186,6 +188,12 @@ def _meeting() -> Iterator[None]:
 def _messages() -> Any:
     """The group in which messages go: of gloo, which tells at once when a process has died; NCCL only waits."""
     return None if "gloo" in distributed.get_backend() else distributed.new_group(backend="gloo")
+
+
+@cache
+def _part_at_exit() -> None:
+    """Ends the group's threads before Python ends: one that comes later aborts the process, whose work is done."""
+    atexit.register(lambda: distributed.is_initialized() and distributed.destroy_process_group())
 
 
 def _first_line(error: BaseException) -> str:
