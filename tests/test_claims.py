@@ -40,17 +40,20 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(home, tmp_path_factory):
-    """The records of a run that nothing happened to."""
-    tracer = fasttrace.Tracer.from_pretrained(str(home / "model"), device="cpu")
-    facts = read_facts(home / "facts.jsonl")
-    return one_of_each(run(tracer, facts, tmp_path_factory.mktemp("undisturbed"), budget=SMALL, **OPTIONS).store)
-
-
-@pytest.fixture(scope="module")
 def launcher(tmp_path_factory):
     with Launcher(tmp_path_factory.mktemp("launcher")) as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def undisturbed(home, launcher, tmp_path_factory):
+    """The records of a run that nothing happened to, by a process like those that are compared with it.
+
+    Not by this one: what tests before have left in it, such as the library that multiplies, rounds otherwise.
+    """
+    out = tmp_path_factory.mktemp("undisturbed")
+    assert launcher.run(*arguments(home, out), world=1)[0] == [0]
+    return one_of_each(Store.read(out))
 
 
 def arguments(home, out, *others):
