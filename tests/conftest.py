@@ -18,7 +18,9 @@ from tests.zoo import N_LAYERS, VOCABULARY, tiny_model
 settings.register_profile("ci", derandomize=True)  # the same examples for everyone who looks at a red run
 if os.environ.get("CI"):
     settings.load_profile("ci")
-torch.set_num_threads(1)  # tiny products only lose by being shared out
+THREADS = 1
+"""Tiny products only lose by being shared out, and another number of threads rounds otherwise."""
+torch.set_num_threads(THREADS)
 
 FAMILIES = ("gpt2", "llama")
 """Two that stand for all where engines are not what is tested; `test_families.py` has the others."""
@@ -48,6 +50,13 @@ def make_job(
 def all_grids(streams: tuple[str, ...], window: int, n_positions: int) -> tuple[Cell, ...]:
     """The cells of one grid per stream."""
     return tuple(cell for stream in streams for cell in grid_cells(stream, window, N_LAYERS, n_positions))
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """Accelerate and numba set torch's number of threads; the next test has its own again."""
+    yield
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(params=FAMILIES)

@@ -10,7 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from fasttrace import attention, ops
 from fasttrace.adapters import anatomy_of
 from fasttrace.engines import ENGINES, reference, select
-from fasttrace.engines.in_float32 import can_be_widened, in_float32
+from fasttrace.engines.in_float32 import _exact_products, can_be_widened, in_float32
 from fasttrace.engines.state import state_of
 from fasttrace.errors import EngineError
 from fasttrace.hooks import evaluating
@@ -173,3 +173,24 @@ def test_an_open_float32_mode_ends_with_an_error_too():
         raise KeyError
     narrow = torch.ones(1, 2, dtype=torch.bfloat16)
     assert nn.functional.linear(narrow, narrow).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("allowed", ["highest", "high"])
+def test_what_torch_may_round_is_as_it_was_before_the_check(allowed):
+    before = torch.get_float32_matmul_precision()
+    if allowed != before:
+        torch.set_float32_matmul_precision(allowed)
+    try:
+        kept = _precisions()
+        with _exact_products():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert _precisions() == kept
+    finally:
+        if allowed != before:
+            torch.set_float32_matmul_precision(before)
+
+
+def _precisions():
+    """All settings of torch that say how products of float32 are rounded."""
+    of_library = getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None)
+    return torch.get_float32_matmul_precision(), of_library, torch.backends.cuda.matmul.allow_tf32

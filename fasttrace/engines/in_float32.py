@@ -52,11 +52,23 @@ def in_float32(anatomy: Anatomy) -> Iterator[None]:
     Raises:
         EngineError: something in the model rounds where torch does not see it.
     """
+    with _exact_products(), _Widening(_storages(anatomy.model)):
+        yield
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """While open, no product of float32 is rounded to TensorFloat-32: whoever allows that means other work.
+
+    Where none is anyway, nothing is set, because setting the default is a setting too, which torch's backends keep.
+    """
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # whoever lets products be rounded to TensorFloat-32 means other work
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
     try:
-        with _Widening(_storages(anatomy.model)):
-            yield
+        yield
     finally:
         torch.set_float32_matmul_precision(before)
 
