@@ -27,6 +27,7 @@ from fasttrace.cells import grid_cells
 from fasttrace.corruption import draw, sigma_of
 from fasttrace.engines import ENGINES, select
 from fasttrace.engines.job import Job
+from fasttrace.errors import FasttraceError
 from tests import zoo
 
 N_POSITIONS = 7
@@ -37,7 +38,7 @@ REFERENCE = "reference"
 WRONG = 1e-3
 """An error above this is no rounding."""
 
-WORDS = 90
+WORDS = 140
 """Characters that the table gives to a reason."""
 
 
@@ -168,6 +169,9 @@ def _paths(anatomy: Anatomy, modules: Sequence[nn.Module | None]) -> str:
 
 def _in_short(problem: Exception) -> str:
     words = " ".join(str(problem).split()).partition("; ")[0] or type(problem).__name__
+    # What the model's own code raises speaks of its insides: it is quoted as such.
+    if not isinstance(problem, FasttraceError):
+        words = f"the model's code does not take such a pass ({type(problem).__name__}: {words})"
     return words if len(words) <= WORDS else words[: WORDS - 3] + "..."
 
 

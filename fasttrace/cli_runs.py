@@ -37,6 +37,7 @@ from fasttrace.cli_options import (
     tell,
 )
 from fasttrace.errors import StoreError
+from fasttrace.object_stores import is_address
 from fasttrace.settings import Settings
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from fasttrace.coverage import Coverage
     from fasttrace.runs import Outcome
 
-Folder = Annotated[Path, typer.Argument(help="Folder of a run.")]
+Folder = Annotated[str, typer.Argument(help="Folder of a run, or its address, such as s3://bucket/run.")]
 Everything = Annotated[
     bool, typer.Option("--everything", help="Show also facts in the folder that the run was not last asked for.")
 ]
@@ -175,13 +176,15 @@ def _say(shown: "Coverage", allow_incomplete: bool) -> None:
         raise typer.Exit(INCOMPLETE)
 
 
-def _inside(folder: Path, name: str) -> Path:
+def _inside(folder: str, name: str) -> Path:
     """Where a command writes by default; a folder from someone else may have a link there that leads elsewhere.
 
     Raises:
-        StoreError: it has one.
+        StoreError: it has one, or is no folder of this machine.
     """
-    where = folder / name
+    if is_address(folder):
+        raise StoreError(f"{folder} is read from a copy: say where to write with --out")
+    where = Path(folder) / name
     if where.is_symlink():
         raise StoreError(f"{where} is a link to {where.resolve()}: say where to write with --out")
     return where
@@ -206,9 +209,9 @@ def export(
     from fasttrace.exports import export as export_store
     from fasttrace.stores import Store
 
+    where = out or _inside(folder, format if format in EXPORTS else "")
     store = Store.read(folder)
     shown = store.coverage(everything)
-    where = out or (_inside(folder, format) if format in EXPORTS else folder)
     paths = export_store(store, where, format, shown=shown, spreadsheet_safe=spreadsheet_safe)
     say(f"wrote {len(paths)} files to {where}")
     _say(shown, allow_incomplete)
@@ -269,12 +272,13 @@ def report(
     from fasttrace.report import write_report
     from fasttrace.stores import Store
 
+    where = out or _inside(folder, "report.html")
     store = Store.read(folder)
     shown = store.coverage(everything)
     about = store.description
     path = write_report(
         store.records(shown),
-        out or folder / "report.html",
+        where,
         title=as_utf8(about.get("name") or None),
         bad_rows=about.get("bad_rows", ()),
         notes=(*store.notes, *shown.notes),

@@ -49,7 +49,7 @@ class Fact:
     target: str | None = None
     foil: str | None = None
     relation: str | None = None
-    subject_start: int | None = field(default=None, compare=False, repr=False)
+    subject_start: int | None = None
     notes: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
 

@@ -20,8 +20,9 @@ A row is a fact. The columns:
     prob_STREAM      the stream's grid: p(target) with that cell restored (list of n_layers * n_positions double,
                      layer by layer: the cell of layer l and position p is number l * n_positions + p, from 0)
     std_STREAM       its standard deviation over samples, in the same order
-    details          the rest as JSON: streams (in order), top, cost, windows, metadata, and under "exact" those texts
-                     that are not valid Unicode, which the columns show with "?"
+    details          the rest as JSON: streams (in order), top, cost, windows, metadata, subject_start (where the
+                     fact's source says so), and under "exact" those texts that are not valid Unicode, which the
+                     columns show with "?"
 
 A skipped fact has null from ``tokens`` on, ``details`` excepted. Every column is in every part of a run, so
 ``pandas.read_parquet("DIR/parts")`` and ``SELECT * FROM 'DIR/parts/*.parquet'`` read the whole run; a fact that two
@@ -63,6 +64,7 @@ __all__ = [
     "encode_part",
     "part_name",
     "read_part",
+    "subject_starts",
 ]
 
 FACT_COLUMNS = ("id", "prompt", "subject", "target", "foil", "relation")
@@ -218,7 +220,7 @@ def _decoded(table: pa.Table, row: int) -> Record:
     cells |= details["exact"]
     for name in ("prompt", "subject", *(["reason"] if cells["status"] == "skipped" else [])):
         expect(isinstance(cells[name], str), f"no {name}")
-    fact = Fact(**{name: cells[name] for name in FACT_COLUMNS})
+    fact = Fact(**{name: cells[name] for name in FACT_COLUMNS}, subject_start=_start(details))
     if cells["status"] == "skipped":
         return Record(fact, None, cells["reason"], cells["correct"])
     check_streams(details["streams"])
@@ -227,6 +229,32 @@ def _decoded(table: pa.Table, row: int) -> Record:
     check_result(result)
     expect(result.n_positions == cells["n_positions"], f"{cells['n_positions']} positions, {result.n_positions} tokens")
     return Record(fact, result, None, cells["correct"])
+
+
+def subject_starts(table: pa.Table, where: object = "a part") -> dict[str, int]:
+    """Gives the ids of facts whose source says where the subject begins, and the character at which it does.
+
+    Args:
+        table: columns id and details of a part.
+        where: the part's path, for messages.
+
+    Raises:
+        DamagedPartError: no fasttrace wrote such a row.
+    """
+    rows = zip(table.column("id").to_pylist(), table.column("details").to_pylist(), strict=True)
+    try:
+        starts = {fact_id: _start(parsed(details)) for fact_id, details in rows if '"subject_start"' in details}
+    except NONSENSE as error:
+        raise DamagedPartError(
+            f"{where} holds what no run writes ({why(error)}): move it away and run again"
+        ) from error
+    return {fact_id: start for fact_id, start in starts.items() if start is not None}
+
+
+def _start(details: Mapping[str, Any]) -> int | None:
+    start = details.get("subject_start")
+    expect(start is None or (type(start) is int and start >= 0), f"subject_start {start!r}: expected a whole number")
+    return start
 
 
 def _check_columns(schema: pa.Schema) -> None:
@@ -289,6 +317,8 @@ def _row(record: Record) -> dict[str, Any]:
         cells |= _cells(record.result)
         details = _details(record.result)
     texts = {name: as_utf8(value) for name, value in cells.items() if isinstance(value, str | list)}
+    if record.fact.subject_start is not None:
+        details["subject_start"] = record.fact.subject_start
     details["exact"] = {name: cells[name] for name, text in texts.items() if text != cells[name]}
     return cells | texts | {"details": json.dumps(details)}
 

@@ -37,6 +37,7 @@ from fasttrace.manifest import (
     read_manifest,
     write_manifest,
 )
+from fasttrace.object_stores import copied, is_address
 from fasttrace.parts import (
     PLAIN_COLUMNS,
     DamagedPartError,
@@ -45,6 +46,7 @@ from fasttrace.parts import (
     encode_part,
     part_name,
     read_part,
+    subject_starts,
 )
 from fasttrace.received import patiently
 from fasttrace.results import VALUES
@@ -80,6 +82,7 @@ class Store:
         self._ids: dict[str, tuple[str, ...]] = {}
         self._skipped: dict[str, frozenset[str]] = {}
         self._written = 0
+        self._copy: Any = None
 
     def __repr__(self) -> str:
         return f"Store({str(self.folder)!r})"
@@ -117,16 +120,20 @@ class Store:
         """Opens a store for reading only; nothing in it is changed.
 
         Args:
-            folder: an existing store.
+            folder: an existing store; or its address in an object store, such as s3://bucket/run, of which a copy is
+                made that goes with the object.
 
         Returns:
             The store; `damaged` lists the parts that it leaves out.
 
         Raises:
-            StoreError: no store, one of a newer format, or an edited manifest.
+            StoreError: no store, one of a newer format, an edited manifest, or an address that cannot be read.
         """
-        folder = path_of("folder", folder)
-        return cls(folder, read_manifest(folder / MANIFEST))
+        copy = copied(folder, MANIFEST, PARTS, ".parquet") if is_address(folder) else None
+        folder = path_of("folder", folder if copy is None else copy.name)
+        store = cls(folder, read_manifest(folder / MANIFEST))
+        store._copy = copy
+        return store
 
     @property
     def description(self) -> dict[str, Any]:
@@ -180,9 +187,10 @@ class Store:
         texts = frame.where(frame.notna(), None)
         there = {fact_id: dict(zip(SCORED, row, strict=True)) for fact_id, *row in texts.itertuples()}
         facts = list(objects("facts", facts, Fact, "read_facts", error=StoreError))
+        starts = self._starts() if any(fact.subject_start is not None for fact in facts) else {}
         for fact in facts:
             if fact.id in there:
-                _check_same_fact(fact, there[fact.id])
+                _check_same_fact(fact, there[fact.id], starts.get(fact.id))
         return [fact for fact in facts if fact.id not in there]
 
     def write(self, records: Sequence[Record], *, rank: int = 0) -> Path:
@@ -349,6 +357,14 @@ class Store:
         records = (decode_record(shelf.table(name), row, self.folder / PARTS / name) for name, row in places.values())
         return _facts_frame(tables, list(places)), records
 
+    def _starts(self) -> dict[str, int]:
+        """Where the subject begins in those facts whose source says so, by id."""
+        starts: dict[str, int] = {}
+        for name in sorted(self._ids):
+            path = self.folder / PARTS / name
+            starts |= subject_starts(read_part(path, ("id", "details"))[0], path)
+        return starts
+
     def frame(self, shown: Coverage | None = None) -> pd.DataFrame:
         """Gives all grids of all facts as one tidy frame, a row per cell.
 
@@ -476,8 +492,12 @@ def _by_number(fact_id: str) -> tuple[list[tuple[int, str]], str]:
     return [(len(piece) if odd % 2 else 0, piece) for odd, piece in enumerate(numbers)], fact_id
 
 
-def _check_same_fact(fact: Fact, there: Mapping[Any, Any]) -> None:
-    found = differences(there, {name: as_utf8(getattr(fact, name)) for name in SCORED})
+def _check_same_fact(fact: Fact, there: Mapping[Any, Any], start: int | None) -> None:
+    here = {name: as_utf8(getattr(fact, name)) for name in SCORED}
+    # A subject that occurs once is found without its place, so that only two places can contradict each other.
+    if start is not None and fact.subject_start is not None:
+        there, here = {**there, "subject_start": start}, {**here, "subject_start": fact.subject_start}
+    found = differences(there, here)
     if found:
         raise StoreError(
             f"the store has another fact {fact.id!r} ({'; '.join(found)}): give another folder for another set of facts"

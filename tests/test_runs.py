@@ -279,6 +279,16 @@ def test_another_fact_of_the_same_id_is_refused(tracer, tmp_path):
         run(tracer, other, tmp_path, **SAME)
 
 
+def test_another_place_of_the_subject_is_another_fact(tracer, tmp_path):
+    prompt = "The Needle is The Needle"
+    first, second = (Fact("1", prompt, "Needle", subject_start=start) for start in (4, 18))
+    outcome = run(tracer, read_facts([first]), tmp_path, **SAME)
+    assert [record.fact for record in outcome.store.records()] == [first]
+    assert run(tracer, read_facts([first]), tmp_path, **SAME).traced == 0
+    with pytest.raises(StoreError, match=r"another fact '1' \(subject_start 4 there, 18 here\)"):
+        run(tracer, read_facts([second]), tmp_path, **SAME)
+
+
 # Facts that cannot be traced, or that the model does not know.
 
 

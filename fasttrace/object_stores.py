@@ -1,0 +1,47 @@
+"""Runs that lie in an object store: read from a copy on this machine's disk, by pyarrow's file systems."""
+
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeGuard
+
+import pyarrow as pa
+from pyarrow import fs
+
+from fasttrace.errors import StoreError
+
+__all__ = ["copied", "is_address"]
+
+
+def is_address(folder: Any) -> TypeGuard[str]:
+    """Whether a folder is named by an address, such as s3://bucket/run, and not by a path."""
+    return isinstance(folder, str) and "://" in folder
+
+
+def copied(address: str, file: str, folder: str, ending: str) -> "TemporaryDirectory[str]":
+    """A copy of a run on this machine's disk, removed with the object that stands for it.
+
+    Args:
+        address: of the run: s3://, gs://, abfs://, hdfs:// or file:///.
+        file: a file of the run.
+        folder: a folder of the run.
+        ending: of the names of the files in it that are copied.
+
+    Raises:
+        StoreError: an address that pyarrow does not know, or what is there cannot be read or written down.
+    """
+    try:
+        system, root = fs.FileSystem.from_uri(address)
+        parts = system.get_file_info(fs.FileSelector(f"{root}/{folder}", allow_not_found=True))
+        names = [part.base_name for part in parts if part.is_file and part.base_name.endswith(ending)]
+        copy = TemporaryDirectory(prefix="fasttrace-")
+        Path(copy.name, folder).mkdir()
+        wanted = [file] if system.get_file_info(f"{root}/{file}").is_file else []
+        for name in [*wanted, *(f"{folder}/{name}" for name in names)]:
+            fs.copy_files(f"{root}/{name}", os.path.join(copy.name, name), system, fs.LocalFileSystem())
+    except (OSError, NotImplementedError, pa.ArrowException) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise StoreError(
+            f"cannot read {address} ({reason}): check the address and your access to it, or copy the run to a folder"
+        ) from error
+    return copy
