@@ -3,14 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+VERSIONS ?= 5.1.0 5.17.0
 COMPILED := $(wildcard tests/kernels/compile_*.py)
 
-.PHONY: help demo test check format kernels kernels-interpreted families bench bench-peers bench-gpu clean
+.PHONY: help demo test test-transformers check format kernels kernels-interpreted families bench bench-peers bench-gpu clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo         trace one prompt on the embedded model and draw it into out/demo"
 	@echo "make test         run the tests"
+	@echo "make test-transformers VERSIONS='5.1.0 5.17.0'  the same with other versions of transformers, slow tests left out"
 	@echo "make check        ruff and pyright"
 	@echo "make format       let ruff rewrite what it can"
 	@echo "make kernels      the GPU kernels without a GPU: interpreted, and compiled for sm_80 and sm_90"
@@ -26,6 +28,17 @@ demo: $(VENV)/.with-plot
 
 test: $(VENV)/.with-test
 	$(BIN)/python -m pytest $(ARGS)
+
+# What is not installed beside the other transformers is taken from .venv.
+test-transformers: $(foreach version,$(VERSIONS),build/transformers-$(version)/.done)
+	for python in $(patsubst %/.done,%/bin/python,$^); do $$python -m pytest -m "not slow" $(ARGS) || exit 1; done
+
+build/transformers-%/.done: $(VENV)/.with-test
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check transformers==$*
+	$(BIN)/python -c 'import sysconfig; print("\n".join([sysconfig.get_path("purelib"), "$(CURDIR)", "$(CURDIR)/kernels"]))' \
+		> $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth
+	touch $@
 
 check: $(VENV)/.with-dev
 	$(BIN)/ruff check .

@@ -286,7 +286,11 @@ def _tokenizer_of(source: str, files: dict[str, Any], **more: Any) -> Any:
         ModelError: its files are not there, but pointers to them.
     """
     try:
-        return AutoTokenizer.from_pretrained(source, **files, **more)
+        tokenizer = AutoTokenizer.from_pretrained(source, **files, **more)
+        # Early transformers 5 makes one that knows its special tokens alone where there are no files.
+        if not set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens):
+            raise OSError("there are no files of a tokenizer")
+        return tokenizer
     except BaseException as error:
         if not is_failure(error):
             raise

@@ -24,6 +24,7 @@ from tests.conftest import tiny_model
 from tests.run_facts import FLAGS, OPTIONS, Launcher, facts_of, save_model, write_facts
 from tests.test_cli import run as fasttrace_command
 from tests.tokenizers import Slow, byte_level, sentencepiece_like
+from tests.zoo import INSTALLED
 
 FACTS = read_facts(facts_of(3))
 TRACE = ("The Space Needle is in", "--subject", "The Space Needle", "--samples", 1, "--noise", 1.0, "--device", "cpu")
@@ -92,6 +93,8 @@ def test_where_and_how_a_model_is_stored_makes_no_difference(saved, folder, tmp_
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("place", ["disk", "cpu"])
 def test_weights_out_of_memory_are_those_in_memory(tmp_path, tied, place):
+    if INSTALLED < (5, 17) and (tied or place == "disk"):
+        pytest.skip("this transformers cannot compute with such a model")
     model = tiny_model("llama", tie_word_embeddings=tied)
     model.save_pretrained(tmp_path / "model")
     blocks = {f"model.layers.{number}": "disk" for number in range(4)}

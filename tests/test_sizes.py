@@ -16,7 +16,7 @@ from fasttrace.errors import EngineError, NumericsError
 from fasttrace.loading import load
 from tests.conftest import all_grids, make_job
 from tests.two_devices import device_map_of
-from tests.zoo import tiny_model
+from tests.zoo import INSTALLED, tiny_model
 
 OFFLOADED = {
     "gpt2": ("wavefront", "rows"),
@@ -305,6 +305,8 @@ def uncompiled():
 @pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "flex_attention"])
 @pytest.mark.parametrize(("family", "safe"), [("llama", "sdpa"), ("mistral", "sdpa"), ("gpt_oss", "eager")])
 def test_fast_attention_of_the_users_is_computed_by_one_that_takes_masks_and_a_log_says_so(name, family, safe, caplog):
+    if family == "gpt_oss" and INSTALLED < (5, 17) and "flash" in name:
+        pytest.skip("this transformers refuses such a GPT-OSS")
     model = tiny_model(family)
     model.set_attn_implementation(safe)
     anatomy = anatomy_of(model)

@@ -247,10 +247,15 @@ def tiny_config(model_type: str, **settings: Any) -> PreTrainedConfig:
     return config_class(**_tiny(config_class) | settings)
 
 
+def is_known(model_type: str) -> bool:
+    """Whether the transformers at hand has the type, and a right one."""
+    is_missing = model_type not in CONFIG_MAPPING and INSTALLED < NEWEST
+    return not is_missing and WRONG_BEFORE.get(model_type, INSTALLED) <= INSTALLED
+
+
 def _check_is_known(model_type: str) -> None:
     """Skips the test at hand where an older transformers has no such type; a wrong name is an error everywhere."""
-    is_missing = model_type not in CONFIG_MAPPING and INSTALLED < NEWEST
-    if is_missing or WRONG_BEFORE.get(model_type, INSTALLED) > INSTALLED:
+    if not is_known(model_type):
         raise SkipTest(f"transformers {transformers.__version__} has no {model_type}, or a wrong one")
 
 

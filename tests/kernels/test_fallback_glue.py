@@ -73,7 +73,7 @@ class TestRmsNorm:
     def test_without_a_weight_it_is_gemma_3ns_unscaled_norm(self, dtype):
         x = random(9, 255, dtype=dtype)
         truth = Gemma3nRMSNorm(255, with_scale=False)(x)
-        torch.testing.assert_close(rms_norm(x, None, 1e-6), truth, rtol=torch.finfo(dtype).eps, atol=0)
+        torch.testing.assert_close(rms_norm(x, None, 1e-6), truth, rtol=2 * torch.finfo(dtype).eps, atol=0)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("offset", [0.0, 1.0])
