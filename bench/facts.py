@@ -26,7 +26,7 @@ from bench.timing import Ceiling, Section, default_device, matmul_ceiling, secon
 from fasttrace.engines import LAYOUTS
 from fasttrace.engines.memory import READOUT_BYTES, Budget, bytes_per_token
 from fasttrace.many import Encoded, Study, study_of
-from fasttrace.packs import peak_tokens
+from fasttrace.planning.packs import peak_tokens
 
 ALLOWED = {torch.float32: 1e-3, torch.float64: 1e-9}
 HALF_ALLOWED = 0.1

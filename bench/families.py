@@ -1,6 +1,6 @@
 """Every engine on a tiny random model of every causal-LM type of transformers, against plain forward passes.
 
-    python -m bench.families                          # all types and variants of tests/zoo.py
+    python -m bench.families                          # all types and variants of tests/helpers/zoo.py
     python -m bench.families llama mamba falcon-alibi --engines wavefront rows
     python -m bench.families --out docs/families.md
 
@@ -22,13 +22,14 @@ import torch
 import transformers
 from torch import nn
 
-from fasttrace.adapters import Anatomy, anatomy_of
-from fasttrace.cells import grid_cells
-from fasttrace.corruption import draw, sigma_of
-from fasttrace.engines import ENGINES, select
+from fasttrace.engines import ENGINES
+from fasttrace.engines import self_check as select
 from fasttrace.engines.job import Job
 from fasttrace.errors import FasttraceError
-from tests import zoo
+from fasttrace.experiment.cells import grid_cells
+from fasttrace.experiment.corruption import draw, sigma_of
+from fasttrace.models.anatomy import Anatomy, anatomy_of
+from tests.helpers import zoo
 
 N_POSITIONS = 7
 SPAN = (2, 4)
@@ -82,12 +83,14 @@ class Examined:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Examine each type, print its row at once, write the table; exit code 1 where "auto" chose a wrong engine."""
     parser = argparse.ArgumentParser("python -m bench.families", description="Every engine on every type of model.")
-    parser.add_argument("types", nargs="*", metavar="TYPE", help="types or variants of tests/zoo.py (default: all)")
+    parser.add_argument(
+        "types", nargs="*", metavar="TYPE", help="types or variants of tests/helpers/zoo.py (default: all)"
+    )
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="to compare")
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     options = parser.parse_args(arguments)
     if unknown := set(options.types) - {*zoo.ALL, *zoo.VARIANTS}:
-        parser.error(f"no tiny model of {', '.join(sorted(unknown))} in tests/zoo.py")
+        parser.error(f"no tiny model of {', '.join(sorted(unknown))} in tests/helpers/zoo.py")
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     logging.getLogger("fasttrace").setLevel(logging.ERROR)

@@ -7,15 +7,15 @@ from functools import cached_property
 import torch
 
 from bench.cases import STREAMS, WINDOW, Workload
-from fasttrace.adapters import Anatomy, anatomy_of
-from fasttrace.cells import Cell, grid_cells, windows_of
-from fasttrace.corruption import Corruption, draw
-from fasttrace.cost import Cost
 from fasttrace.engines.job import Job
 from fasttrace.engines.passes import run_in_passes
-from fasttrace.engines.select import choose
-from fasttrace.ops import fused
-from fasttrace.readout import Scores
+from fasttrace.engines.readout import Scores
+from fasttrace.engines.self_check import choose
+from fasttrace.experiment.cells import Cell, grid_cells, windows_of
+from fasttrace.experiment.corruption import Corruption, draw
+from fasttrace.fusing.choose import fused
+from fasttrace.models.anatomy import Anatomy, anatomy_of
+from fasttrace.planning.cost import Cost
 
 
 @dataclass(frozen=True)

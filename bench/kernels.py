@@ -25,9 +25,9 @@ from bench.card import card, print_card
 from bench.cases import DTYPES, STREAMS, WINDOW
 from bench.report import new_report, path_of, write
 from bench.timing import Timing, copy_bandwidth, default_device, matmul_ceiling, measure
-from fasttrace.cells import grid_cells, windows_of
-from fasttrace.edits import Shape
-from fasttrace.plan import plan_cells
+from fasttrace.experiment.cells import grid_cells, windows_of
+from fasttrace.planning.edits import Shape
+from fasttrace.planning.plan import plan_cells
 
 ALLOWED = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 """Largest norm of the error over the norm of the float64 result."""
@@ -145,7 +145,7 @@ def attention(pack: Attention, make: Callable[..., Tensor], backends: Sequence[B
     from fasttrace_kernels.suffix_attention import suffix_attention, tile_tokens
     from fasttrace_kernels.varlen import VarlenLayout, varlen_attention
 
-    from fasttrace.kernel_attention import layout_of
+    from fasttrace.fusing.attention import layout_of
 
     shape = Shape(pack.n_layers, pack.n_positions, pack.span, pack.samples)
     widths = windows_of(STREAMS, WINDOW).items()

@@ -12,10 +12,10 @@ from bench.cases import STREAMS, WINDOW, Case, Workload, build_all, fitted, weig
 from bench.gate import HalfError, agree, half_error
 from bench.split import Split, time_split
 from bench.timing import Ceiling, Run, Section, Timing, seconds_of, sustained_rate
-from fasttrace.cost import Cost, total
-from fasttrace.datasets import Fact
 from fasttrace.engines.memory import Budget, tokens_allowed
+from fasttrace.facts.dataset import Fact
 from fasttrace.many import Study
+from fasttrace.planning.cost import Cost, total
 
 GATE_CELLS = 12
 """Of one prompt; of several prompts three each, one of every stream."""
@@ -29,7 +29,7 @@ class Options:
         rounds: timed calls of a case, at most.
         seconds: after which no further round of a case begins; there are two at least.
         profile: also split the time by kind of operation.
-        fuse: with fused operations and kernels, see `fasttrace.ops`.
+        fuse: with fused operations and kernels, see `fasttrace.fusing.choose`.
     """
 
     device: str = "cpu"
@@ -53,7 +53,7 @@ class Measured:
         cells: of all prompts.
         cells_per_second: of a round at the median, as all rates here.
         rows: restored rows that reach the readout.
-        token_blocks: blocks computed for one token of a restored row, see `fasttrace.cost`.
+        token_blocks: blocks computed for one token of a restored row, see `fasttrace.planning.cost`.
         saving: token-blocks of one full row per cell over those computed.
         gflops: 1e9 floating-point operations of all matmuls per second.
         share: that over the ceiling's rate.

@@ -13,7 +13,7 @@ import numpy as np
 
 import fasttrace
 from bench.card import card, print_card
-from fasttrace.demo import CASE, MODEL_NAME
+from fasttrace.models.embedded import CASE, MODEL_NAME
 
 FLOOR = 1e-3
 """Relative differences are those of cells above this probability."""

@@ -23,10 +23,10 @@ from bench.gate import DisagreementError
 from bench.measured import Options, measure_case, print_measured
 from bench.report import new_report, path_of, write
 from bench.timing import Ceiling, Timing, copy_bandwidth, default_device, matmul_ceiling, measure
-from fasttrace import kernel_choice
-from fasttrace.cells import grid_cells, windows_of
-from fasttrace.edits import Shape
-from fasttrace.plan import plan_cells
+from fasttrace.experiment.cells import grid_cells, windows_of
+from fasttrace.fusing import measure as kernel_choice
+from fasttrace.planning.edits import Shape
+from fasttrace.planning.plan import plan_cells
 
 CPU_CASES = ("gpt2-12", "gpt2-12-n10", "gpt2-12-t25", "gpt2-12-mixed32", "smollm2", "llama3-8b", "gpt2-xl")
 GPU_CASES = (*CPU_CASES, "gpt2-12-t200", "gpt2-xl-n10", "gpt2-xl-t25")

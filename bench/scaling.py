@@ -3,9 +3,9 @@
     python -m bench.scaling --quick
 
 Each axis doubles from line to line. An exponent is the slope of a straight line through the logarithms: 1 is a cost in
-proportion. Cells are counted by their token-blocks (`fasttrace.cost`), since a cell near the end of the model costs
-less than one at its start, and are taken at random, so that every part of the grids is in every share. Several prompts
-run one after the other. The sizes of an axis take turns, so that a slow minute hits all. The last line is JSON.
+proportion. Cells are counted by their token-blocks (`fasttrace.planning.cost`), since a cell near the end of the model
+costs less than one at its start, and are taken at random, so that every part of the grids is in every share. Several
+prompts run one after the other. The sizes of an axis take turns, so that a slow minute hits all. The last line is JSON.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from bench.gate import agree
 from bench.jobs import Runner
 from bench.report import new_report, path_of, write
 from bench.timing import Timing, default_device, interleave
-from fasttrace.cost import Cost, total
 from fasttrace.engines.job import Job
+from fasttrace.planning.cost import Cost, total
 
 SAMPLES = (1, 2, 4, 8)
 SHARES = (1 / 4, 1 / 2, 1.0)

@@ -22,9 +22,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bench.timing import Run
-from fasttrace.adapters import anatomy_of
-from fasttrace.attention import NAME as PACKED_ATTENTION
-from fasttrace.engines.tables import LastBlock
+from fasttrace.engines.attention_ragged import NAME as PACKED_ATTENTION
+from fasttrace.engines.blocks import LastBlock
+from fasttrace.models.anatomy import anatomy_of
 
 CALL, FIRST_BLOCK, ATTENTION, HEAD, READOUT = (
     f"bench::{name}" for name in ("call", "first_block", "attention", "head", "readout")

@@ -8,9 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fasttrace.api import Tracer
-    from fasttrace.cells import SITES, STREAMS
-    from fasttrace.cost import Cost
-    from fasttrace.datasets import Fact, read_facts
     from fasttrace.engines import ENGINES
     from fasttrace.errors import (
         EngineError,
@@ -21,8 +18,11 @@ if TYPE_CHECKING:
         PromptError,
         StoreError,
     )
-    from fasttrace.results import TraceResult, load
-    from fasttrace.stores import Record, Store
+    from fasttrace.experiment.cells import SITES, STREAMS
+    from fasttrace.facts.dataset import Fact, read_facts
+    from fasttrace.planning.cost import Cost
+    from fasttrace.results.result import TraceResult, load
+    from fasttrace.runs.store import Record, Store
 
 __version__ = "0.1.0"
 
@@ -47,9 +47,9 @@ __all__ = [
     "read_facts",
 ]
 
-_HOMES = {"Tracer": "api", "SITES": "cells", "STREAMS": "cells", "Cost": "cost", "ENGINES": "engines"}
-_HOMES |= {"TraceResult": "results", "load": "results", "Record": "stores", "Store": "stores"}
-_HOMES |= {"Fact": "datasets", "read_facts": "datasets"}
+_HOMES = {"Tracer": "api", "SITES": "experiment.cells", "STREAMS": "experiment.cells", "Cost": "planning.cost"}
+_HOMES |= {"ENGINES": "engines", "TraceResult": "results.result", "load": "results.result", "Record": "runs.store"}
+_HOMES |= {"Store": "runs.store", "Fact": "facts.dataset", "read_facts": "facts.dataset"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """`python -m fasttrace`: the command line."""
 
-from fasttrace.cli import app
+from fasttrace.cli.app import app
 
 if __name__ == "__main__":
     app(prog_name="fasttrace")

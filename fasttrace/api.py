@@ -8,29 +8,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fasttrace.adapters import Anatomy, anatomy_of, module_paths
-from fasttrace.cells import windows_of
 from fasttrace.checks import flag, function, memory_told, span_of, text, token_ids, whole_number
-from fasttrace.corruption import sigma_of
-from fasttrace.cpu_linears import library_asked
 from fasttrace.engines.memory import check_samples
 from fasttrace.engines.passes import Progress, run_in_passes
-from fasttrace.engines.select import EngineChoice, choose
+from fasttrace.engines.self_check import EngineChoice, choose
 from fasttrace.engines.state import follow, state_of
 from fasttrace.errors import FasttraceError, ModelError, PlanError, PromptError
-from fasttrace.identity import identity_of, shown_name
-from fasttrace.loading import load
-from fasttrace.model_arguments import check_model, check_modules, checked_label, checked_name, explain_call
-from fasttrace.ops import fused
-from fasttrace.prompts import Prompt, encode, subjects_of
-from fasttrace.results import TraceResult
-from fasttrace.settings import Settings, engine_name
+from fasttrace.experiment.cells import windows_of
+from fasttrace.experiment.corruption import sigma_of
+from fasttrace.experiment.settings import Settings, engine_name
+from fasttrace.fusing.choose import fused
+from fasttrace.fusing.cpu_linears import library_asked
+from fasttrace.models.anatomy import Anatomy, anatomy_of, module_paths
+from fasttrace.models.arguments import check_model, check_modules, checked_label, checked_name, explain_call
+from fasttrace.models.identity import identity_of, shown_name
+from fasttrace.models.loading import load
+from fasttrace.prompts.prompt import Prompt, encode, subjects_of
+from fasttrace.prompts.tokenization import check_tokenizer
+from fasttrace.results.result import TraceResult
 from fasttrace.sweeps import Sweep
-from fasttrace.tokenization import check_tokenizer
 
 if TYPE_CHECKING:
-    from fasttrace.datasets import Fact
-    from fasttrace.stores import Record
+    from fasttrace.facts.dataset import Fact
+    from fasttrace.runs.store import Record
 
 LARGEST_DRAW = 10.0
 """Standard deviations; normal draws beyond it do not occur."""
@@ -70,7 +70,7 @@ class Tracer:
             modules: paths of modules that the rules do not find, or find wrongly: "embedding" and "blocks" (the
                 list of transformer blocks) from the model; "attention", "mlp" and "down" (the MLP's down projection)
                 from a block. For example {"blocks": "model.layers", "attention": "self_attn", "mlp": "mlp"}.
-            fuse: compute with faster equivalents of the model's modules while a trace runs; see `fasttrace.ops`.
+            fuse: compute with faster equivalents of the model's modules while a trace runs; see `fasttrace.fusing`.
             cpu_matmul: the library that multiplies matrices on a CPU: "mkl", "onednn", or "auto" for what is faster in
                 this process, unless the environment variable FASTTRACE_CPU_MATMUL names one. A trace raises EngineError
                 where a named one cannot.
@@ -170,7 +170,7 @@ class Tracer:
         return self._anatomy.device
 
     def identity(self) -> dict[str, Any]:
-        """What makes the model this one, whatever its name; see `fasttrace.identity`. It reads all weights.
+        """What makes the model this one, whatever its name; see `fasttrace.models.identity`. It reads all weights.
 
         `fasttrace run` and `fasttrace trace --out` record it and compare it with what a folder holds; `trace` does not
         ask for it, because for a large model it takes longer than a trace.

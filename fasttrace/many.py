@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fasttrace.checks import memory_told
-from fasttrace.cost import Cost
-from fasttrace.datasets import Fact, check_answers, read_facts
 from fasttrace.engines import LAYOUTS, READY
 from fasttrace.engines.job import Job
 from fasttrace.engines.memory import Budget, check_samples, tokens_allowed
 from fasttrace.engines.passes import run_together
-from fasttrace.engines.select import confirm, prompts_share_passes
+from fasttrace.engines.readout import CHUNK_BYTES, Scores
+from fasttrace.engines.self_check import confirm, prompts_share_passes
 from fasttrace.errors import NumericsError, PromptError
-from fasttrace.hooks import evaluating
-from fasttrace.ops import fused
-from fasttrace.prompts import Prompt, token_text
-from fasttrace.readout import CHUNK_BYTES, Scores
-from fasttrace.settings import Settings
-from fasttrace.stores import Record
+from fasttrace.experiment.settings import Settings
+from fasttrace.facts.dataset import Fact, check_answers, read_facts
+from fasttrace.fusing.choose import fused
+from fasttrace.models.hooks import evaluating
+from fasttrace.planning.cost import Cost
+from fasttrace.prompts.prompt import Prompt, token_text
+from fasttrace.runs.store import Record
 from fasttrace.sweeps import Sweep
 
 if TYPE_CHECKING:

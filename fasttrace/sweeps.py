@@ -12,18 +12,18 @@ import numpy as np
 import torch
 import transformers
 
-from fasttrace.adapters import Anatomy, module_paths
-from fasttrace.adapters.second_look import second_look_note
-from fasttrace.cells import Cell, grid_cells
-from fasttrace.corruption import draw
-from fasttrace.cost import Cost
 from fasttrace.engines.job import Job
-from fasttrace.engines.select import EngineChoice
+from fasttrace.engines.readout import Scores
+from fasttrace.engines.self_check import EngineChoice
 from fasttrace.errors import NumericsError
-from fasttrace.ops import KERNEL_NEEDS
-from fasttrace.prompts import Prompt, token_text
-from fasttrace.readout import Scores
-from fasttrace.results import TraceResult
+from fasttrace.experiment.cells import Cell, grid_cells
+from fasttrace.experiment.corruption import draw
+from fasttrace.fusing.choose import KERNEL_NEEDS
+from fasttrace.models.anatomy import Anatomy, module_paths
+from fasttrace.models.second_look import second_look_note
+from fasttrace.planning.cost import Cost
+from fasttrace.prompts.prompt import Prompt, token_text
+from fasttrace.results.result import TraceResult
 
 TOP_TOKENS = 100
 """Next tokens kept of the clean and the corrupted run."""

@@ -9,11 +9,11 @@ import torch
 from accelerate import hooks as accelerate_hooks
 from hypothesis import settings
 
-from fasttrace.adapters import Anatomy, anatomy_of
-from fasttrace.cells import Cell, grid_cells
-from fasttrace.corruption import draw
 from fasttrace.engines.job import Job
-from tests.zoo import N_LAYERS, VOCABULARY, tiny_model
+from fasttrace.experiment.cells import Cell, grid_cells
+from fasttrace.experiment.corruption import draw
+from fasttrace.models.anatomy import Anatomy, anatomy_of
+from tests.helpers.zoo import N_LAYERS, VOCABULARY, tiny_model
 
 settings.register_profile("ci", derandomize=True)  # the same examples for everyone who looks at a red run
 if os.environ.get("CI"):

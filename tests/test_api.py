@@ -10,7 +10,7 @@ from transformers import T5Config
 import fasttrace
 from fasttrace import EngineError, ModelError, PlanError, PromptError
 from tests.conftest import tiny_model
-from tests.tokenizers import Slow, byte_level
+from tests.helpers.tokenizers import Slow, byte_level
 
 PROMPT = "The Space Needle is in downtown"
 

@@ -23,26 +23,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fasttrace
-from fasttrace import EngineError, FasttraceError, ModelError, PlanError, PromptError, api, report, sweeps
-from fasttrace.aggregate import average, token_roles
-from fasttrace.average_plots import plot_roles, save_lines, save_roles
-from fasttrace.cells import grid_cells, windows_of
-from fasttrace.datasets import Fact, read_facts
+from fasttrace import EngineError, FasttraceError, ModelError, PlanError, PromptError, api, sweeps
 from fasttrace.engines import ENGINES, LAYOUTS
 from fasttrace.engines.passes import run_in_passes
-from fasttrace.engines.select import _CHECKS
-from fasttrace.exports import export
-from fasttrace.plots import plot_figure, plot_stream, save_figure
-from fasttrace.readout import Scores
-from fasttrace.report import write_report
-from fasttrace.rome import rome_file_name
-from fasttrace.runs import run
-from fasttrace.settings import ENGINE_NAMES, Settings
-from fasttrace.stores import Record, Store
+from fasttrace.engines.readout import Scores
+from fasttrace.engines.self_check import _CHECKS
+from fasttrace.experiment.cells import grid_cells, windows_of
+from fasttrace.experiment.settings import ENGINE_NAMES, Settings
+from fasttrace.facts.dataset import Fact, read_facts
+from fasttrace.reports import page as report
+from fasttrace.reports.average_figures import plot_roles, save_lines, save_roles
+from fasttrace.reports.averages import average, token_roles
+from fasttrace.reports.exports import export
+from fasttrace.reports.page import write_report
+from fasttrace.results.figure import plot_figure, plot_stream, save_figure
+from fasttrace.results.rome import rome_file_name
+from fasttrace.runs.run import run
+from fasttrace.runs.store import Record, Store
 from tests.conftest import all_grids, make_job, tiny_anatomy
-from tests.run_facts import facts_of
-from tests.tokenizers import byte_level
-from tests.zoo import N_LAYERS, tiny_model
+from tests.helpers.run_facts import facts_of
+from tests.helpers.tokenizers import byte_level
+from tests.helpers.zoo import N_LAYERS, tiny_model
 
 PROMPT = "The Space Needle is in downtown"
 TRACE: dict[str, Any] = {

@@ -24,7 +24,7 @@ from bench.cases import STREAMS, Cell, Workload
 from bench.jobs import Runner
 from bench.others import MissingError, Peer
 from bench.others.vocabulary import number_tokenizer
-from fasttrace.corruption import Corruption
+from fasttrace.experiment.corruption import Corruption
 
 SITES = {"block_output": "block_input"}
 """Where fasttrace restores for a stream of the case."""

@@ -5,11 +5,11 @@
 All are `run(anatomy, job, tick) -> Scores`.
 """
 
-from fasttrace.adapters import Anatomy
-from fasttrace.cost import Cost, cost_of, full_cost
 from fasttrace.engines import reference, rows, wavefront
 from fasttrace.engines.job import Job, Tick
-from fasttrace.plan import Layout
+from fasttrace.models.anatomy import Anatomy
+from fasttrace.planning.cost import Cost, cost_of, full_cost
+from fasttrace.planning.plan import Layout
 
 __all__ = ["ENGINES", "Job", "Tick", "cost_of_job"]
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fasttrace.adapters import Anatomy
 from fasttrace.engines.memory import shares_passes
+from fasttrace.engines.readout import Scores
 from fasttrace.errors import EngineError
-from fasttrace.readout import Scores
+from fasttrace.models.anatomy import Anatomy
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fasttrace.cells import Cell
-from fasttrace.corruption import Corruption
-from fasttrace.edits import Shape
-from fasttrace.packs import Pack, pack_of
-from fasttrace.plan import Layout, Plan, plan_cells
+from fasttrace.experiment.cells import Cell
+from fasttrace.experiment.corruption import Corruption
+from fasttrace.planning.edits import Shape
+from fasttrace.planning.packs import Pack, pack_of
+from fasttrace.planning.plan import Layout, Plan, plan_cells
 
 Tick = Callable[[], None]
 """Called after each block of a pass (after each forward pass of the reference engine)."""

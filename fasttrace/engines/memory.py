@@ -1,7 +1,7 @@
 """How many tokens a pack may have: free memory over the bytes that one token takes.
 
 The bytes are a model of the allocator's peak inside a pass, measured on GPT-2 and Llama-like shapes
-(`tests/test_memory.py` measures it again): hidden states, projections and keys of one block at a time, the widest
+(`test_memory.py` measures it again): hidden states, projections and keys of one block at a time, the widest
 activation of its MLP, and apart from the pack the logits of one chunk of rows.
 """
 
@@ -13,11 +13,11 @@ import psutil
 import torch
 from torch import distributed
 
-from fasttrace.adapters import Anatomy
 from fasttrace.checks import memory_for
-from fasttrace.prompts import Prompt
-from fasttrace.readout import CHUNK_BYTES
-from fasttrace.settings import token_budget
+from fasttrace.engines.readout import CHUNK_BYTES
+from fasttrace.experiment.settings import token_budget
+from fasttrace.models.anatomy import Anatomy
+from fasttrace.prompts.prompt import Prompt
 
 logger = logging.getLogger("fasttrace")
 

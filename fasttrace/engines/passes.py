@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 from accelerate.utils.memory import clear_device_cache
 
-from fasttrace.adapters import Anatomy
 from fasttrace.checks import is_out_of_memory
-from fasttrace.cost import Cost, total
 from fasttrace.engines import ENGINES, LAYOUTS, PACKING, cost_of_job
 from fasttrace.engines.job import Job
 from fasttrace.engines.memory import Budget, shares_passes, tokens_allowed
+from fasttrace.engines.readout import Scores
 from fasttrace.errors import EngineError
-from fasttrace.hooks import apart
-from fasttrace.ops import how_computed
-from fasttrace.packs import forget, peak_tokens
-from fasttrace.readout import Scores
+from fasttrace.fusing.choose import how_computed
+from fasttrace.models.anatomy import Anatomy
+from fasttrace.models.hooks import apart
+from fasttrace.planning.cost import Cost, total
+from fasttrace.planning.packs import forget, peak_tokens
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""

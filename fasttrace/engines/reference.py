@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasttrace.adapters import Anatomy
-from fasttrace.cells import Cell, Edit
 from fasttrace.engines.job import Job, Tick
+from fasttrace.engines.readout import Scores, distributions
 from fasttrace.errors import EngineError
-from fasttrace.hooks import forward_pass, hidden_hook, output_hook
-from fasttrace.readout import Scores, distributions
+from fasttrace.experiment.cells import Cell, Edit
+from fasttrace.models.anatomy import Anatomy
+from fasttrace.models.hooks import forward_pass, hidden_hook, output_hook
 
 Run = tuple[Cell, int | None]
 """A row of a plain pass: its edits, and its noise sample (None: clean)."""

@@ -10,13 +10,13 @@ from functools import partial
 
 from torch import Tensor
 
-from fasttrace.adapters import Anatomy
-from fasttrace.adapters.inputs import Path
+from fasttrace.engines.blocks import BlockTables, LastBlock, base_logits, grown, picked, restore, tables_of
 from fasttrace.engines.job import Job, Tick, base_ids, corrupted, pack_of_jobs
-from fasttrace.engines.tables import BlockTables, LastBlock, base_logits, grown, picked, restore, tables_of
-from fasttrace.hooks import forward_pass, input_hook, output_hook, raw_output_hook
-from fasttrace.plan import Layout
-from fasttrace.readout import Scores
+from fasttrace.engines.readout import Scores
+from fasttrace.models.anatomy import Anatomy
+from fasttrace.models.axes import Path
+from fasttrace.models.hooks import forward_pass, input_hook, output_hook, raw_output_hook
+from fasttrace.planning.plan import Layout
 
 LAYOUT: Layout = "full"
 

@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from transformers import PretrainedConfig
 
-from fasttrace.adapters import Anatomy, anatomy_of
 from fasttrace.errors import EngineError
-from fasttrace.hooks import exclusive, set_by_others
+from fasttrace.models.anatomy import Anatomy, anatomy_of
+from fasttrace.models.hooks import exclusive, set_by_others
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _PLAIN = frozenset({bool, int, float, str, type(None)})

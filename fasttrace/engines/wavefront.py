@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from fasttrace.adapters import Anatomy
-from fasttrace.adapters.inputs import Axes, Path
-from fasttrace.attention import PackState, ragged_attention
-from fasttrace.engines.job import Job, Tick, base_ids, corrupted, pack_of_jobs
-from fasttrace.engines.tables import (
+from fasttrace.engines.attention_forked import Fork, forked_attention
+from fasttrace.engines.attention_ragged import PackState, ragged_attention
+from fasttrace.engines.blocks import (
     BlockTables,
     Edits,
     LastBlock,
@@ -28,16 +26,18 @@ from fasttrace.engines.tables import (
     sent,
     tables_of,
 )
+from fasttrace.engines.job import Job, Tick, base_ids, corrupted, pack_of_jobs
+from fasttrace.engines.readout import Scores
 from fasttrace.errors import EngineError
-from fasttrace.fork import Fork, forked_attention
-from fasttrace.hooks import forward_pass, input_hook, output_hook, raw_output_hook
-from fasttrace.ops import attention_kernel
-from fasttrace.packs import Pack
-from fasttrace.plan import Layout
-from fasttrace.readout import Scores
+from fasttrace.fusing.choose import attention_kernel
+from fasttrace.models.anatomy import Anatomy
+from fasttrace.models.axes import Axes, Path
+from fasttrace.models.hooks import forward_pass, input_hook, output_hook, raw_output_hook
+from fasttrace.planning.packs import Pack
+from fasttrace.planning.plan import Layout
 
 if TYPE_CHECKING:
-    from fasttrace.kernel_attention import KernelState
+    from fasttrace.fusing.attention import KernelState
 
 LAYOUT: Layout = "narrow"
 FORK_LAYOUT: Layout = "suffix"

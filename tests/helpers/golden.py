@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 import fasttrace
 from fasttrace.__main__ import app
-from tests.run_facts import FLAGS, facts_of, save_model
-from tests.zoo import tiny_model
+from tests.helpers.run_facts import FLAGS, facts_of, save_model
+from tests.helpers.zoo import tiny_model
 
 FILE = Path(__file__).parents[1] / "golden.npz"
 ENGINES = ("wavefront", "fork", "rows", "reference")
@@ -56,7 +56,7 @@ def engines() -> dict[str, np.ndarray]:
 
 def noise() -> dict[str, np.ndarray]:
     """The bits of the noise of Meng et al.: they depend on no machine."""
-    from fasttrace.corruption import draw
+    from fasttrace.experiment.corruption import draw
 
     drawn = draw((1, 4), 5, sigma=0.13, samples=3, seed=1)
     return {"noise exact": _digest(drawn.noise.numpy().tobytes().hex())}

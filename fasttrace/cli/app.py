@@ -1,0 +1,375 @@
+"""The command line. It parses, shows progress, prints and chooses exit codes; everything else is in the API.
+
+Exit codes: 0 done, 1 `verify` found other numbers, 2 an error that a message explains, or a run in which nothing could
+be traced, 3 what was written goes over fewer facts than the run was asked for (0 with --allow-incomplete), 130
+interrupted, 141 nobody reads what it prints. Files are written before anything is printed.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fasttrace import __version__
+from fasttrace.checks import real_number, text, whole_number
+from fasttrace.cli import facts as runs
+from fasttrace.cli import folder as outputs
+from fasttrace.cli import info as environment
+from fasttrace.cli import tutorial
+from fasttrace.cli import words as summary
+from fasttrace.cli.guard import Guarded, is_utf8, say
+from fasttrace.cli.guard import tell as _tell
+from fasttrace.cli.options import (
+    CpuMatmul,
+    Device,
+    DeviceMap,
+    Dtype,
+    Engine,
+    Fuse,
+    Model,
+    Modules,
+    Noise,
+    NoiseSubjects,
+    OffloadFolder,
+    Overwrite,
+    Revision,
+    Samples,
+    Seed,
+    Stream,
+    TokenBudget,
+    TrustRemoteCode,
+    Window,
+    module_paths,
+    number_or_text,
+    read_subjects,
+)
+from fasttrace.cli.options import load_model as _load
+from fasttrace.errors import PromptError
+from fasttrace.experiment.cells import windows_of
+from fasttrace.experiment.settings import Settings
+from fasttrace.models import embedded
+
+if TYPE_CHECKING:
+    from fasttrace.api import Tracer
+    from fasttrace.results.result import TraceResult
+
+__all__ = ["app"]
+
+
+app = typer.Typer(
+    cls=Guarded,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Causal tracing of language models: where in the network does a prompt's answer come from?",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        say(f"fasttrace {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version),
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the figure, the CSV files and the parquet.")] = Path("out/demo"),
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    engine: Engine = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Trace one fact on the embedded model, all three streams, and draw the figure."""
+    case = embedded.CASE
+    request = {"subject": case.subject, "target": case.target, "samples": case.samples}
+    _check({**request, "engine": engine})
+    wanted = _wanted(case.prompt, request, {"dtype": dtype})
+    outputs.check_folder(out, wanted, overwrite)
+    tracer = _load(embedded.MODEL_NAME, dtype=dtype, device=device)
+    identity = _identity(tracer, out, wanted, overwrite)
+    result = _trace(tracer, case.prompt, identity, engine=engine, **request)
+    written = _write(result, out, overwrite)
+    say(f"{summary.result_text(result)}\n{written}")
+
+
+@app.command()
+def trace(
+    prompt: Annotated[str, typer.Argument(help="Text the model continues.")],
+    subject: Annotated[str | None, typer.Option(help="Part of the prompt whose embeddings are corrupted.")] = None,
+    span: Annotated[str | None, typer.Option(help="The same as a half-open token range, e.g. 0:4.")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Next token to follow, with a space where two words meet; default: the clean run's first."),
+    ] = None,
+    target_id: Annotated[int | None, typer.Option(help="The same as a token id.")] = None,
+    model: Model = embedded.MODEL_NAME,
+    stream: Stream = None,
+    window: Window = Settings.window,
+    noise: Noise = str(Settings.noise),
+    noise_subjects: NoiseSubjects = None,
+    samples: Samples = Settings.samples,
+    seed: Seed = Settings.seed,
+    engine: Engine = Settings.engine,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    budget: TokenBudget = str(Settings.budget),
+    first_target_token: Annotated[
+        bool, typer.Option("--first-target-token", help="Follow the first token of a longer target.")
+    ] = False,
+    ids: Annotated[bool, typer.Option("--ids", help="PROMPT, and a numeric target, are token ids.")] = False,
+    revision: Revision = None,
+    fuse: Fuse = True,
+    cpu_matmul: CpuMatmul = "auto",
+    module: Modules = None,
+    device_map: DeviceMap = None,
+    offload_folder: OffloadFolder = None,
+    trust_remote_code: TrustRemoteCode = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for figure, CSV files and parquet.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, nothing else.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Trace a prompt: one grid of restored probabilities per stream."""
+    request = {
+        "subject": _subject(subject, span),
+        "target": _target(target, target_id, ids=ids),
+        "streams": stream and tuple(stream),
+        "window": window,
+        "noise": number_or_text(noise, float),
+        "samples": samples,
+        "seed": seed,
+        "first_target_token": first_target_token,
+    }
+    loading = {"dtype": dtype, "revision": revision, "modules": module_paths(module)}
+    loading |= {"device_map": device_map, "offload_folder": offload_folder, "trust_remote_code": trust_remote_code}
+    tokens = _token_ids(prompt) if ids else text("prompt", prompt, error=PromptError)
+    subjects = None if noise_subjects is None else read_subjects(noise_subjects)
+    rest = {"noise_subjects": subjects, "engine": engine, "budget": number_or_text(budget, int)}
+    _check({**request, **rest})
+    wanted = _wanted(prompt, request, loading, ids=ids)
+    if out is not None:
+        outputs.check_folder(out, wanted, overwrite)
+    tracer = _load(model, device=device, fuse=fuse, cpu_matmul=cpu_matmul, **loading)
+    result = _trace(tracer, tokens, _identity(tracer, out, wanted, overwrite), **request, **rest)
+    written = "" if out is None else _write(result, out, overwrite)
+    if as_json:
+        say(json.dumps(result.summary(), ensure_ascii=not is_utf8()))
+        _tell(written)
+    else:
+        say("\n".join(filter(None, (summary.result_text(result), written))))
+
+
+@app.command()
+def plot(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run, or its trace.parquet.")],
+    stream: Annotated[str | None, typer.Option(help="Draw this stream alone.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A .png, .pdf or .svg; default: in the folder.")] = None,
+    dpi: Annotated[int, typer.Option(help="Dots per inch of a PNG.", min=1)] = 200,
+) -> None:
+    """Draw the figure of a run again."""
+    from fasttrace.results.result import load
+
+    data = folder / outputs.DATA_FILE if folder.is_dir() else folder
+    result = load(data)
+    path = out or data.parent / (outputs.FIGURE_FILE if stream is None else f"{stream}.png")
+    _save_plot(result, stream, path, dpi)
+    say(f"wrote {path}")
+
+
+@app.command()
+def info(
+    model: Annotated[str | None, typer.Argument(help="Show the engine this model would get.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+    module: Modules = None,
+    device_map: DeviceMap = None,
+    offload_folder: OffloadFolder = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Show versions, devices and the dtype each gets; of a model its parts, its engine, and why that one."""
+    say(summary.table(environment.rows()))
+    if model is not None:
+        places = {"device": device, "device_map": device_map, "offload_folder": offload_folder}
+        places["trust_remote_code"] = trust_remote_code
+        tracer = _load(model, dtype=dtype, revision=revision, modules=module_paths(module), **places)
+        say(summary.table(environment.model_rows(tracer)))
+
+
+@app.command()
+def verify(
+    model: Model = tutorial.MODEL_NAME,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    engine: Engine = "auto",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    tolerance: Annotated[float, typer.Option(help="Relative error of p up to which the numbers agree.")] = 1e-3,
+    out: Annotated[Path | None, typer.Option(help="Folder for figure, CSV files and parquet.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Run the tutorial's case and show its published numbers beside the ones found here."""
+    case = tutorial.CASE
+    request = {
+        "subject": case.subject,
+        "target": case.target,
+        "samples": case.samples,
+        "noise": tutorial.NOISE,
+        "window": tutorial.WINDOW,
+        "first_target_token": True,
+    }
+    _check({**request, "engine": engine})
+    real_number("tolerance", tolerance, 0)
+    wanted = _wanted(case.prompt, request, {"dtype": dtype})
+    if out is not None:
+        outputs.check_folder(out, wanted, overwrite)
+    tracer = _load(model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code)
+    identity = _identity(tracer, out, wanted, overwrite)
+    result = _trace(tracer, case.prompt, identity, engine=engine, **request)
+    written = "" if out is None else _write(result, out, overwrite)
+    found = f"{summary.result_text(result)}\n\n{summary.comparison_text(result, tolerance)}"
+    say("\n".join(filter(None, (found, written))))
+    if not all(comparison.relative_error <= tolerance for comparison in tutorial.compare(result)):
+        _tell(f"{model} does not give the published numbers (relative tolerance {tolerance:g})")
+        raise typer.Exit(1)
+
+
+def _check(options: dict[str, Any]) -> None:
+    """Raises what a trace with these options would raise whatever the model."""
+    Settings(**{name: value for name, value in options.items() if name not in ("subject", "target")})
+
+
+def _subject(subject: str | None, span: str | None) -> str | tuple[int, int]:
+    if (subject is None) == (span is None):
+        raise PromptError("the subject is missing or given twice: give --subject TEXT or --span BEGIN:END, one of them")
+    if subject is not None:
+        return text("subject", subject, error=PromptError)
+    match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", span or "")
+    if match is None:
+        raise PromptError(f"--span is {span!r}, expected two token positions such as 0:4 (half open)")
+    begin, end = _whole("--span", match[1]), _whole("--span", match[2])
+    if begin >= end:
+        raise PromptError(f"--span is {span!r} and holds no token: expected BEGIN below END, such as 0:4 (half open)")
+    return begin, end
+
+
+def _target(target: str | None, token_id: int | None, ids: bool) -> str | int | None:
+    if target is not None and token_id is not None:
+        raise PromptError("the target is given twice: give --target TEXT or --target-id NUMBER, one of them")
+    if token_id is not None:
+        return whole_number("--target-id", token_id, 0, error=PromptError)
+    if target is None:
+        return None
+    if not target:
+        raise PromptError("the target is empty; give the text of one token, or no --target for the clean run's first")
+    if ids and target.isdecimal():
+        return _whole("--target", target)
+    return text("target", target, error=PromptError, empty=True)
+
+
+def _token_ids(prompt: str) -> list[int]:
+    words = re.split(r"[\s,]+", prompt.strip())
+    if not all(word.isdecimal() for word in words):
+        raise PromptError(f"the prompt is {prompt!r}, expected token ids such as '464 4687' because of --ids")
+    return [_whole("the prompt", word) for word in words]
+
+
+def _whole(name: str, digits: str) -> int:
+    try:
+        return int(digits)
+    except ValueError:  # more digits than Python reads
+        raise PromptError(f"{name} has a number of {len(digits)} digits: expected one of a token") from None
+
+
+def _wanted(prompt: str, request: dict[str, Any], loading: dict[str, Any], ids: bool = False) -> dict:
+    """What is known of a run before its model is loaded, by the keys of `outputs.identity`."""
+    subject, target, noise = request["subject"], request["target"], request.get("noise", "s3")
+    known = {
+        "prompt": None if ids else prompt,
+        "noise" if isinstance(noise, str) else "sigma": noise,
+        "samples": request["samples"],
+        "seed": request.get("seed", 1),
+        **({"subject": subject.strip()} if isinstance(subject, str) else {"span": subject}),
+    }
+    window = request.get("window", 10)
+    known |= {"windows": windows_of(request["streams"], window)} if request.get("streams") else {"window": window}
+    if isinstance(target, str) and not request.get("first_target_token"):
+        known["target"] = target.strip()
+    if loading["dtype"] in ("float32", "bfloat16", "float64"):
+        known["dtype"] = loading["dtype"]
+    return known
+
+
+def _identity(tracer: "Tracer", out: Path | None, wanted: dict[str, Any], overwrite: bool) -> dict[str, Any]:
+    """For the metadata of a trace that goes into a folder, which holds none of another model."""
+    if out is None:
+        return {}
+    from fasttrace.models.identity import digests
+
+    identity = digests(tracer.identity())
+    outputs.check_folder(out, wanted | identity, overwrite)
+    return {"identity": identity}
+
+
+def _trace(tracer: "Tracer", prompt: str | list[int], identity: dict[str, Any], **options: Any) -> "TraceResult":
+    with _progress() as progress:
+        result = tracer.trace(prompt, progress=progress, **options)
+    return replace(result, metadata={**result.metadata, **identity}) if identity else result
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal; one plain line where stderr goes to a file."""
+    from tqdm import tqdm
+
+    if not sys.stderr.isatty():
+        _tell("tracing")
+    with tqdm(desc="tracing", unit="block", leave=False, disable=not sys.stderr.isatty()) as bar:
+
+        def update(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield update
+
+
+def _write(result: "TraceResult", out: Path, overwrite: bool) -> str:
+    """Writes a folder, and returns what to say of it."""
+    figure = find_spec("plotnine") is not None
+    paths = outputs.write_run(result, out, figure=figure, overwrite=overwrite)
+    lines = ["", "wrote", *(f"  {path}" for path in paths)]
+    if not figure:
+        lines.append(f'no figure without plotnine: pip install "fasttrace[plot]", then fasttrace plot {out}')
+    return "\n".join(lines)
+
+
+def _save_plot(result: "TraceResult", stream: str | None, path: Path, dpi: int) -> None:
+    from fasttrace.results.figure import save_figure
+
+    save_figure(result if stream is None else _only(result, stream), path, dpi)
+
+
+def _only(result: "TraceResult", stream: str) -> "TraceResult":
+    result.grid(stream)  # raises for a stream that was not traced
+    return replace(result, prob={stream: result.prob[stream]}, prob_std={stream: result.prob_std[stream]})
+
+
+runs.add_to(app)

@@ -1,0 +1,288 @@
+"""Commands for sets of facts: run, export, average, report."""
+
+import logging
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fasttrace.checks import one_of
+from fasttrace.cli import words as summary
+from fasttrace.cli.guard import say
+from fasttrace.cli.options import (
+    CpuMatmul,
+    Device,
+    DeviceMap,
+    Dtype,
+    Engine,
+    Fuse,
+    Model,
+    Modules,
+    Noise,
+    NoiseSubjects,
+    OffloadFolder,
+    Revision,
+    Samples,
+    Seed,
+    Stream,
+    TokenBudget,
+    TrustRemoteCode,
+    Window,
+    load_model,
+    module_paths,
+    number_or_text,
+    read_subjects,
+    tell,
+)
+from fasttrace.errors import StoreError
+from fasttrace.experiment.settings import Settings
+from fasttrace.files.object_stores import is_address
+from fasttrace.models import embedded
+
+if TYPE_CHECKING:
+    from fasttrace.reports.averages import Averages
+    from fasttrace.runs.coverage import Coverage
+    from fasttrace.runs.run import Outcome
+
+Folder = Annotated[str, typer.Argument(help="Folder of a run, or its address, such as s3://bucket/run.")]
+Everything = Annotated[
+    bool, typer.Option("--everything", help="Show also facts in the folder that the run was not last asked for.")
+]
+AllowIncomplete = Annotated[
+    bool, typer.Option("--allow-incomplete", help="Exit with 0 although facts are missing; it is said all the same.")
+]
+AVERAGES, NOTES = "averages.csv", "coverage.txt"
+AVERAGES_FILES = (AVERAGES, "averages_totals.csv", NOTES, "roles.png", "lines.png")
+INCOMPLETE = 3
+"""Exit code of a command that has written what there is, which is less than was asked for."""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds the commands to the command line."""
+    for command in (run, export, average, report):
+        app.command()(command)
+
+
+def run(
+    facts: Annotated[
+        str, typer.Option(help="ROME's or CounterFact's JSON, a .csv, .jsonl or .parquet, or \"builtin\".")
+    ] = "builtin",
+    out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted run goes on there.")] = Path("out/run"),
+    model: Model = embedded.MODEL_NAME,
+    limit: Annotated[int | None, typer.Option(help="Read that many facts.", min=1)] = None,
+    require_correct: Annotated[
+        bool, typer.Option("--require-correct", help="Skip facts that the model does not know.")
+    ] = False,
+    compat: Annotated[
+        str | None,
+        typer.Option(help="rome: known is what ROME's code takes for known, a token that is the whole answer."),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first malformed row or fact.")] = False,
+    stream: Stream = None,
+    window: Window = Settings.window,
+    noise: Noise = str(Settings.noise),
+    noise_subjects: NoiseSubjects = None,
+    samples: Samples = Settings.samples,
+    seed: Seed = Settings.seed,
+    engine: Engine = Settings.engine,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    budget: TokenBudget = str(Settings.budget),
+    shard: Annotated[
+        str, typer.Option(help="What processes share out: facts, or the cells of one prompt after the other.")
+    ] = "facts",
+    revision: Revision = None,
+    fuse: Fuse = True,
+    cpu_matmul: CpuMatmul = "auto",
+    module: Modules = None,
+    device_map: DeviceMap = None,
+    offload_folder: OffloadFolder = None,
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Trace a set of facts into a folder; run it again to go on, under accelerate launch to use more devices."""
+    from fasttrace.cli.progress import FactsBar
+    from fasttrace.facts.dataset import check_answers, read_facts
+    from fasttrace.files.sets import check_writable
+    from fasttrace.runs.processes import Ranks
+    from fasttrace.runs.run import SHARDS
+    from fasttrace.runs.run import run as run_facts
+
+    subjects = None if noise_subjects is None else read_subjects(noise_subjects)
+    options = {"window": window, "noise": number_or_text(noise, float), "noise_subjects": subjects}
+    options |= {"samples": samples, "seed": seed, "engine": engine, "budget": number_or_text(budget, int)}
+    options |= {"require_correct": require_correct, "strict": strict, "streams": stream and tuple(stream)}
+    options |= {"compat": compat} if compat else {}
+    Settings(**options)
+    one_of("shard", shard, SHARDS)
+    check_writable(out)
+    ranks = Ranks.current(cpu=device.startswith("cpu"))
+    if not ranks.is_first:
+        _say_only_errors()
+    found = read_facts(facts if facts == "builtin" else Path(facts), strict=strict, limit=limit)
+    if require_correct:
+        check_answers(found)
+    loading = {"dtype": dtype, "revision": revision, "modules": module_paths(module), "fuse": fuse}
+    loading |= {"device_map": device_map, "offload_folder": offload_folder, "trust_remote_code": trust_remote_code}
+    loading["cpu_matmul"] = cpu_matmul
+    device = ranks.device if device == "auto" and device_map is None else device
+    tracer = ranks.in_turn(lambda: load_model(model, device=device, say=ranks.is_first, **loading))
+    quiet = quiet or not ranks.is_first
+    with FactsBar(quiet) as bar:
+        outcome = run_facts(tracer, found, out, ranks=ranks, shard=shard, progress=None if quiet else bar, **options)
+    if ranks.is_first:
+        say(_summary(outcome, out))
+    if not outcome.traced:
+        if ranks.is_first:
+            tell(f"error: none of the {outcome.facts} facts could be traced: {_commonest_reason(outcome)}")
+        raise typer.Exit(2)
+
+
+def _say_only_errors() -> None:
+    """Leaves it to the first process to say what all of them would."""
+    for name in ("fasttrace", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _summary(outcome: "Outcome", out: Path) -> str:
+    before = f" ({outcome.before} were there before)" if outcome.before else ""
+    lines = [f"{outcome.traced} facts traced, {outcome.skipped} skipped{before}: {out}"]
+    lines += [f"note: {note}" for note in outcome.store.notes]
+    about = outcome.store.description
+    if about["bad_rows"]:
+        lines.append(
+            f"malformed rows of {about['name']}, skipped: {len(about['bad_rows'])}, see {out / 'manifest.json'}"
+        )
+    shown = outcome.store.coverage()
+    lines += [f"note: {note}" for note in shown.notes]
+    if not outcome.traced:
+        return "\n".join(lines)
+    return "\n".join([*lines, f"next: fasttrace report {out}, fasttrace average {out}, fasttrace export {out}"])
+
+
+def _commonest_reason(outcome: "Outcome") -> str:
+    reasons = outcome.store.facts(outcome.store.coverage())["reason"].value_counts()
+    if not len(reasons):
+        return "no reason is given"
+    return f"{reasons.index[0]} ({reasons.iloc[0]} of them)" if len(reasons) > 1 else str(reasons.index[0])
+
+
+def _say(shown: "Coverage", allow_incomplete: bool) -> None:
+    """Says what was missing or left out, and ends with `INCOMPLETE` where facts are missing."""
+    for note in shown.notes:
+        tell(f"note: {note}")
+    if not shown.complete and not allow_incomplete:
+        raise typer.Exit(INCOMPLETE)
+
+
+def _inside(folder: str, name: str) -> Path:
+    """Where a command writes by default; a folder from someone else may have a link there that leads elsewhere.
+
+    Raises:
+        StoreError: it has one, or is no folder of this machine.
+    """
+    if is_address(folder):
+        raise StoreError(f"{folder} is read from a copy: say where to write with --out")
+    where = Path(folder) / name
+    if where.is_symlink():
+        raise StoreError(f"{where} is a link to {where.resolve()}: say where to write with --out")
+    return where
+
+
+def export(
+    folder: Folder,
+    format: Annotated[str, typer.Option(help="rome-npz: ROME's case files; csv: a CSV per fact and stream.")] = "csv",
+    out: Annotated[Path | None, typer.Option(help="Where to; default: a folder in the run's.")] = None,
+    spreadsheet_safe: Annotated[
+        bool,
+        typer.Option(
+            "--spreadsheet-safe/--texts-as-they-are",
+            help="In the table of facts, begin texts that a spreadsheet would take for formulas with an apostrophe.",
+        ),
+    ] = True,
+    everything: Everything = False,
+    allow_incomplete: AllowIncomplete = False,
+) -> None:
+    """Write a run's facts in other formats."""
+    from fasttrace.reports.exports import EXPORTS
+    from fasttrace.reports.exports import export as export_store
+    from fasttrace.runs.store import Store
+
+    where = out or _inside(folder, format if format in EXPORTS else "")
+    store = Store.read(folder)
+    shown = store.coverage(everything)
+    paths = export_store(store, where, format, shown=shown, spreadsheet_safe=spreadsheet_safe)
+    say(f"wrote {len(paths)} files to {where}")
+    _say(shown, allow_incomplete)
+
+
+def average(
+    folder: Folder,
+    value: Annotated[
+        str | None, typer.Option(help="indirect_effect (default), prob or normalized_effect; with --compat rome prob.")
+    ] = None,
+    compat: Annotated[str | None, typer.Option(help="rome: roles and means as in ROME's notebook.")] = None,
+    bootstrap: Annotated[int, typer.Option(help="Draws of the bootstrap intervals.", min=1)] = 1000,
+    seed: Seed = 0,
+    out: Annotated[Path | None, typer.Option(help="Where to; default: averages in the run's folder.")] = None,
+    everything: Everything = False,
+    allow_incomplete: AllowIncomplete = False,
+) -> None:
+    """Average a run's grids by token role, as in the paper's second figure: CSV files and figures."""
+    from fasttrace.files.sets import check_writable, one_set
+    from fasttrace.reports.averages import average as average_records
+    from fasttrace.runs.store import Store
+
+    where = out or _inside(folder, "averages")
+    check_writable(where)
+    store = Store.read(folder)
+    shown = store.coverage(everything)
+    options = {"value": value, "compat": compat, "bootstrap": bootstrap, "seed": seed, "notes": shown.notes}
+    averages = average_records(store.records(shown), **options)
+    with one_set(where, AVERAGES, lambda _: AVERAGES_FILES) as scratch:
+        paths = averages.save_csv(scratch / AVERAGES)
+        if shown.notes:
+            paths.append(scratch / NOTES)
+            paths[-1].write_text("".join(f"{note}\n" for note in shown.notes), encoding="utf-8")
+        if find_spec("plotnine") is not None:
+            paths += _averages_drawn(averages, scratch)
+    written = "\n".join(f"  {where / path.name}" for path in paths)
+    say(f"{summary.averages_text(averages)}\n\nwrote\n{written}")
+    _say(shown, allow_incomplete)
+
+
+def _averages_drawn(averages: "Averages", where: Path) -> list[Path]:
+    from fasttrace.reports.average_figures import save_lines, save_roles
+
+    paths = [where / "roles.png", where / "lines.png"]
+    for path, save in zip(paths, (save_roles, save_lines), strict=True):
+        save(averages, path)
+    return paths
+
+
+def report(
+    folder: Folder,
+    out: Annotated[Path | None, typer.Option(help="The page; default: report.html in the run's folder.")] = None,
+    everything: Everything = False,
+    allow_incomplete: AllowIncomplete = False,
+) -> None:
+    """Write a run as one HTML page that works without a network: averages, a table of facts, their grids."""
+    from fasttrace.files.writing import as_utf8
+    from fasttrace.reports.page import write_report
+    from fasttrace.runs.store import Store
+
+    where = out or _inside(folder, "report.html")
+    store = Store.read(folder)
+    shown = store.coverage(everything)
+    about = store.description
+    path = write_report(
+        store.records(shown),
+        where,
+        title=as_utf8(about.get("name") or None),
+        bad_rows=about.get("bad_rows", ()),
+        notes=(*store.notes, *shown.notes),
+        missing=shown.missing,
+    )
+    say(f"wrote {path}")
+    _say(shown, allow_incomplete)

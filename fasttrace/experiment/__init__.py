@@ -1,0 +1,1 @@
+"""Experiments as plain data, without a model: settings, cells, noise."""

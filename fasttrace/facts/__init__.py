@@ -1,0 +1,1 @@
+"""Facts: sets of prompts with subjects and answers, from people's files."""

@@ -1,0 +1,1 @@
+"""Fusing: faster equivalents of a model's modules while a trace runs."""

@@ -1,0 +1,1 @@
+"""Models of Hugging Face: how they are loaded, where their parts are, how they are hooked."""

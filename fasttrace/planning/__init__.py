@@ -1,0 +1,1 @@
+"""Planning: from cells to the index tables of one pass."""

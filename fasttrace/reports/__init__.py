@@ -1,0 +1,1 @@
+"""Reports: averages over facts, their figures, the page, exports."""

@@ -1,0 +1,388 @@
+"""Averages over facts: by token role, stream and block, with errors clustered by fact."""
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fasttrace.checks import items, memory_for, memory_told, objects, path_of, shown, span_of, whole_number
+from fasttrace.errors import PlanError
+from fasttrace.files.writing import atomic_write
+from fasttrace.results.result import TraceResult, count_of
+from fasttrace.runs.parts import Record
+
+__all__ = ["ROLES", "VALUES", "Averages", "average", "token_roles"]
+
+ROLES = (
+    "before_subject",
+    "first_subject",
+    "middle_subject",
+    "last_subject",
+    "first_subsequent",
+    "further",
+    "last",
+)
+VALUES = ("prob", "indirect_effect", "normalized_effect")
+MOST_DRAWS = 1_000_000
+"""Of the bootstrap."""
+MOST_POSITIONS = 10_000_000
+"""Tokens of a prompt."""
+Z95 = 1.959963984540054
+
+
+@dataclass(frozen=True, eq=False)
+class Averages:
+    """Means over facts, and how far they can be trusted.
+
+    Attributes:
+        value: what was averaged: ``prob``, ``indirect_effect`` or ``normalized_effect``.
+        compat: ``"rome"`` if the roles and the facts are those of ROME's notebook, else None.
+        streams: names of the streams, in the results' order.
+        n_layers: how many blocks the model has.
+        windows: stream -> how many blocks were restored together.
+        model: name of the model, if all results agree on it.
+        facts: how many facts were averaged.
+        skipped: how many records have no result.
+        wrong: how many facts ``compat="rome"`` left out because the model did not know the answer.
+        undefined: how many facts have a total effect of 0, and so no normalized effect.
+        notes: what else has to be known, such as facts that are missing.
+    """
+
+    value: str
+    compat: str | None
+    streams: tuple[str, ...]
+    n_layers: int
+    windows: Mapping[str, int]
+    model: str | None
+    facts: int
+    skipped: int
+    wrong: int
+    undefined: int
+    notes: tuple[str, ...]
+    _cells: pd.DataFrame = field(repr=False)
+    _totals: pd.DataFrame = field(repr=False)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that any token has, in reading order."""
+        found = set(self._cells["role"])
+        return tuple(role for role in ROLES if role in found)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Gives the averages, a row per stream, role and block, in that order.
+
+        Returns:
+            Columns stream, role, layer, mean, count (tokens), facts, std_error (clustered by fact), low and
+            high (normal 95 % interval from it), boot_low and boot_high (bootstrap 95 % interval),
+            pooled_std_error (as if all tokens were independent, which is what ROME's notebook draws). A role
+            that no token has, has no rows.
+        """
+        return self._cells.copy()
+
+    def totals(self) -> pd.DataFrame:
+        """Gives what does not depend on a token's role, each fact counting once.
+
+        Returns:
+            Columns quantity, stream, mean, facts, std_error, low, high, boot_low, boot_high. Quantities are
+            ``clean_prob``, ``corrupted_prob``, ``total_effect`` (stream None), and per stream
+            ``indirect_effect``, the mean over a fact's whole grid.
+        """
+        return self._totals.copy()
+
+    def strongest(self, stream: str, n: int = 1) -> pd.DataFrame:
+        """Gives the roles and blocks of a stream with the largest mean.
+
+        Args:
+            stream: one of ``streams``.
+            n: how many.
+
+        Returns:
+            Rows of ``to_frame``, largest mean first.
+
+        Raises:
+            PlanError: the stream was not traced, or n is below 1.
+        """
+        n = count_of(n)
+        if not isinstance(stream, str) or stream not in self.streams:
+            raise PlanError(f"unknown stream {shown(stream)}: these averages have {', '.join(self.streams)}")
+        rows: Any = self._cells[self._cells["stream"] == stream]
+        return rows.sort_values("mean", ascending=False, kind="stable", ignore_index=True).head(n)
+
+    def save_csv(self, path: str | os.PathLike[str]) -> list[Path]:
+        """Writes ``to_frame`` to a CSV file, and ``totals`` beside it.
+
+        Args:
+            path: the file, e.g. ``"out/average.csv"``; totals go to ``out/average_totals.csv``.
+
+        Returns:
+            The two paths.
+
+        Raises:
+            StoreError: a file cannot be written.
+        """
+        cells = path_of("path", path, file=True)
+        totals = cells.with_name(f"{cells.stem}_totals{cells.suffix}")
+        for frame, file in ((self._cells, cells), (self._totals, totals)):
+            with atomic_write(file) as temporary:
+                frame.to_csv(temporary, index=False, lineterminator="\n")
+        return [cells, totals]
+
+
+def average(
+    records: Iterable[Record],
+    *,
+    value: str | None = None,
+    compat: str | None = None,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    notes: Iterable[str] = (),
+) -> Averages:
+    """Averages grids over facts, token by token, for every role of a token, stream and block.
+
+    The mean of a cell is over tokens: R = sum of s_i / sum of n_i, where fact i has n_i tokens of the role
+    and s_i is the sum of their values. Tokens of one fact are not independent, so the standard error is that
+    of a ratio whose parts are sums over facts, var(R) = G/(G-1) * sum of (s_i - R n_i)^2 / (sum of n_i)^2,
+    with G the number of facts that have such a token. With one token to a fact it is the ordinary standard
+    error of a mean; with G = 1 it is NaN. The bootstrap draws facts with replacement and takes percentiles;
+    a draw in which no fact has the role is left out of that role's interval.
+
+    Source: W. G. Cochran, Sampling Techniques, 3rd ed. (1977), sections 2.11 and 6.3; the same as the
+    cluster-robust error of a regression on a constant, K.-Y. Liang and S. L. Zeger, Biometrika 73 (1986).
+    The bootstrap over clusters: A. C. Cameron, J. B. Gelbach and D. L. Miller, Rev. Econ. Stat. 90 (2008).
+
+    Args:
+        records: facts with their results, read once and in any order. Those without a result are counted and
+            left out; facts that the model does not know count like any other, unless compat says otherwise.
+        value: ``prob``, ``indirect_effect`` or ``normalized_effect``; by default the indirect effect, and
+            with ``compat="rome"`` the probability.
+        compat: ``"rome"`` averages as ROME's notebook does: probabilities, its overlapping roles (see
+            ``token_roles``), and without facts whose ``correct`` is False.
+        bootstrap: how many draws; 0 for none, which leaves NaN in boot_low and boot_high.
+        seed: of the bootstrap.
+        notes: sentences to keep with the averages, such as those of `Coverage`.
+
+    Returns:
+        The averages.
+
+    Raises:
+        PlanError: an unknown value or compat, results with different streams, windows or numbers of blocks,
+            a grid that is not finite, or no fact to average.
+    """
+    gathered = _Gathered(_checked_value(value, compat), compat)
+    bootstrap = whole_number("bootstrap", bootstrap)
+    if not 0 <= bootstrap <= MOST_DRAWS:
+        raise PlanError(f"bootstrap={bootstrap}: ask for 0 draws or more, up to {MOST_DRAWS}")
+    seed = whole_number("seed", seed, 0, meaning="seed of the bootstrap")
+    for record in objects("records", records, Record, "Store.records() or Tracer.trace_many"):
+        gathered.add(record)
+    notes = tuple(items("notes", notes, "a list of sentences"))
+    facts = len(gathered.check(notes).sums)
+    memory_for("bootstrap", bootstrap, 16 * bootstrap * facts, "its draws")
+    quiet = np.errstate(over="ignore", invalid="ignore")  # of effects over a total effect of nearly 0
+    with memory_told("averaging", "lower bootstrap"), quiet:
+        return gathered.averages(_weights(facts, bootstrap, seed), notes)
+
+
+def token_roles(span: tuple[int, int], n_positions: int, compat: str | None = None) -> np.ndarray:
+    """Says which role each token of a prompt has.
+
+    A token has one role: where it fits several, the last of them in the order of ``ROLES``. So the one token
+    of a short subject is ``last_subject``, a single token after the subject is ``last``, and a subject that
+    ends the prompt has no ``last_subject``, because its last token is ``last``.
+
+    With ``compat="rome"`` a token has all the roles it fits, and tokens before the subject have none: the
+    only subject token is first and last subject token, the only token after it is first subsequent and last.
+
+    Args:
+        span: half-open token range of the subject.
+        n_positions: how many tokens the prompt has.
+        compat: None, or ``"rome"``.
+
+    Returns:
+        bool [n_positions, n_roles], columns in the order of ``ROLES``.
+
+    Raises:
+        PlanError: the span is empty or not inside the prompt.
+    """
+    start, stop = span_of("span", span, error=PlanError)
+    n_positions = whole_number("n_positions", n_positions, 1, MOST_POSITIONS)
+    _check_compat(compat)
+    if not 0 <= start < stop <= n_positions:
+        raise PlanError(f"subject {start}..{stop} in a prompt of {n_positions} tokens: expected a range inside it")
+    last = n_positions - 1
+    middle = (start + 1, stop - 1)
+    ranges = ((0, start), (start, start + 1), middle, (stop - 1, stop), (stop, stop + 1), (stop + 1, last))
+    fits = np.zeros((n_positions, len(ROLES)), dtype=bool)
+    for role, (first, end) in enumerate((*ranges, (last, n_positions))):
+        fits[first:end, role] = True
+    if compat == "rome":
+        fits[:, ROLES.index("before_subject")] = False
+        return fits
+    last_fit = len(ROLES) - 1 - fits[:, ::-1].argmax(axis=1)
+    return np.eye(len(ROLES), dtype=bool)[last_fit]
+
+
+def _check_compat(compat: Any) -> None:
+    if compat is not None and not (isinstance(compat, str) and compat == "rome"):
+        raise PlanError(f"unknown compat {shown(compat)}: leave it out, or give 'rome'")
+
+
+def _checked_value(value: str | None, compat: str | None) -> str:
+    _check_compat(compat)
+    value = ("prob" if compat else "indirect_effect") if value is None else value
+    if not isinstance(value, str) or value not in VALUES:
+        raise PlanError(f"unknown value {shown(value)}: expected one of {', '.join(VALUES)}")
+    if compat and value != "prob":
+        raise PlanError(f"value {value!r} with compat='rome': ROME's notebook averages 'prob'; leave one of them out")
+    return value
+
+
+# What is kept of a fact: sums over its tokens, small enough for tens of thousands of facts.
+
+
+@dataclass(frozen=True)
+class _FactSums:
+    tokens: np.ndarray  # [role]
+    values: np.ndarray  # [stream, role, layer]
+    squares: np.ndarray  # [stream, role, layer]
+    totals: np.ndarray  # [3 + stream]
+
+
+@dataclass
+class _Gathered:
+    """Sums over the facts seen so far."""
+
+    value: str
+    compat: str | None
+    sums: list[_FactSums] = field(default_factory=list)
+    first: TraceResult | None = None
+    models: set[str | None] = field(default_factory=set)
+    skipped: int = 0
+    wrong: int = 0
+    undefined: int = 0
+
+    def add(self, record: Record) -> None:
+        result = record.result
+        if result is None:
+            self.skipped += 1
+        elif self.compat == "rome" and record.correct is False:
+            self.wrong += 1
+        elif self.value == "normalized_effect" and result.total_effect == 0:
+            self.undefined += 1
+        else:
+            self._add(result, record.fact.id)
+
+    def _add(self, result: TraceResult, name: str) -> None:
+        self.first = self.first or result
+        _check_alike(result, self.first, name)
+        self.models.add(result.metadata.get("model"))
+        grids = np.stack([result.grid(stream, self.value) for stream in result.streams])
+        if not np.isfinite(grids).all():
+            raise PlanError(f"fact {name!r} has cells that are not finite: trace it again, or leave it out")
+        roles = token_roles(result.span, result.n_positions, self.compat).astype(float)
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = (grids @ roles).swapaxes(1, 2)
+            squares = (grids**2 @ roles).swapaxes(1, 2)
+            self.sums.append(_FactSums(roles.sum(axis=0), values, squares, _fact_totals(result)))
+
+    def check(self, notes: tuple[str, ...]) -> "_Gathered":
+        if not self.sums:
+            counts = f"{self.skipped} skipped, {self.wrong} that the model does not know"
+            found = "; ".join([f"{counts}, {self.undefined} with a total effect of 0", *notes])
+            raise PlanError(f"no fact to average ({found}): trace at least one")
+        return self
+
+    def averages(self, weights: np.ndarray, notes: tuple[str, ...]) -> Averages:
+        assert self.first is not None
+        return Averages(
+            value=self.value,
+            compat=self.compat,
+            streams=self.first.streams,
+            n_layers=self.first.n_layers,
+            windows=dict(self.first.windows),
+            model=next(iter(self.models)) if len(self.models) == 1 else None,
+            facts=len(self.sums),
+            skipped=self.skipped,
+            wrong=self.wrong,
+            undefined=self.undefined,
+            notes=notes,
+            _cells=_cell_frame(self.sums, self.first, weights),
+            _totals=_totals_frame(self.sums, self.first, weights),
+        )
+
+
+def _check_alike(result: TraceResult, first: TraceResult, name: str) -> None:
+    for what in ("n_layers", "streams", "windows"):
+        found, expected = getattr(result, what), getattr(first, what)
+        if found != expected:
+            raise PlanError(
+                f"fact {name!r} has {what} {found}, those before it {expected}: average results of one model "
+                "and the same streams, and keep the others in a folder of their own"
+            )
+
+
+def _fact_totals(result: TraceResult) -> np.ndarray:
+    effects = [result.grid(stream, "indirect_effect").mean() for stream in result.streams]
+    return np.array([result.clean_prob, result.corrupted_prob, result.total_effect, *effects])
+
+
+# Statistics of ratios: sums over facts, divided by numbers of tokens.
+
+
+def _weights(facts: int, draws: int, seed: int) -> np.ndarray:
+    """How often each draw of the bootstrap takes each fact, [draws, facts]."""
+    random = np.random.default_rng(seed)
+    return random.multinomial(facts, np.full(facts, 1 / facts), size=draws).astype(float)
+
+
+def _ratios(sums: np.ndarray, tokens: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
+    """Means with their errors; sums [fact, cell], tokens [fact] -> name -> [cell]."""
+    facts, count = np.count_nonzero(tokens), tokens.sum()
+    mean = sums.sum(axis=0) / count
+    residuals = sums - mean * tokens[:, None]
+    correction = facts / (facts - 1) if facts > 1 else np.nan
+    std_error = np.sqrt(correction * (residuals**2).sum(axis=0)) / count
+    low, high = mean - Z95 * std_error, mean + Z95 * std_error
+    errors = {"std_error": std_error, "low": low, "high": high}
+    return {"mean": mean, "facts": facts} | errors | _bootstrap(sums, tokens, weights)
+
+
+def _bootstrap(sums: np.ndarray, tokens: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
+    drawn_tokens = weights @ tokens
+    usable = drawn_tokens > 0
+    if not usable.any():
+        return {"boot_low": np.nan, "boot_high": np.nan}
+    means = (weights[usable] @ sums) / drawn_tokens[usable, None]
+    low, high = np.quantile(means, (0.025, 0.975), axis=0)
+    return {"boot_low": low, "boot_high": high}
+
+
+def _cell_frame(sums: list[_FactSums], first: TraceResult, weights: np.ndarray) -> pd.DataFrame:
+    tokens = np.stack([fact.tokens for fact in sums])
+    values = np.stack([fact.values for fact in sums])
+    squares = np.sum([fact.squares for fact in sums], axis=0)
+    parts = []
+    for i, stream in enumerate(first.streams):
+        for role in np.flatnonzero(tokens.any(axis=0)):
+            count = tokens[:, role].sum()
+            found = _ratios(values[:, i, role], tokens[:, role], weights)
+            variance = squares[i, role] / count - found["mean"] ** 2
+            pooled = np.sqrt(np.maximum(variance, 0) / count)
+            cells = {"stream": stream, "role": ROLES[role], "layer": np.arange(first.n_layers)}
+            cells |= {"mean": found.pop("mean"), "count": int(count), **found, "pooled_std_error": pooled}
+            parts.append(pd.DataFrame(cells))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _totals_frame(sums: list[_FactSums], first: TraceResult, weights: np.ndarray) -> pd.DataFrame:
+    totals = np.stack([fact.totals for fact in sums])
+    quantities = ["clean_prob", "corrupted_prob", "total_effect"]
+    names = {
+        "quantity": quantities + ["indirect_effect"] * len(first.streams),
+        "stream": np.array([None] * len(quantities) + list(first.streams), dtype=object),
+    }
+    return pd.DataFrame(names | _ratios(totals, np.ones(len(sums)), weights))

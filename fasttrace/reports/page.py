@@ -1,0 +1,271 @@
+"""A run as one HTML file: summary, averages, a table of facts and each fact's heat maps, without a network."""
+
+import base64
+import hashlib
+import json
+import math
+import os
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fasttrace.checks import items, mapping, objects, path_of, text, whole_number
+from fasttrace.errors import PlanError
+from fasttrace.files.writing import atomic_write
+from fasttrace.reports.average_figures import LEGENDS, ROLE_COLORS, ROLE_NAMES, layer_title, lowest
+from fasttrace.reports.averages import Averages, average
+from fasttrace.results import figure as plots
+from fasttrace.results.figure import PlotError
+from fasttrace.results.result import TraceResult
+from fasttrace.runs.parts import Record
+
+__all__ = ["write_report"]
+
+NOT_ABOUT_THE_RUN = ("prompt", "subject", "target")
+DIGITS = 6
+
+
+def write_report(
+    records: Iterable[Record],
+    path: str | os.PathLike[str],
+    *,
+    title: str | None = None,
+    about: Mapping[str, Any] | None = None,
+    bad_rows: Iterable[Any] = (),
+    notes: Iterable[str] = (),
+    missing: int = 0,
+) -> Path:
+    """Writes a run as one HTML file that needs neither a network nor other files.
+
+    It has what was run, average total and indirect effects with figures, a table of facts to search and sort,
+    and the heat maps of each fact, where a cell shows its numbers under the pointer. Indirect effects are kept
+    as float32 beside the exact corrupted probability, some 5 bytes a cell. A file of the same name is replaced;
+    it appears whole or not at all. Records are read once, one at a time.
+
+    Args:
+        records: facts with their results; those without one are listed with the reason.
+        path: the file, e.g. ``"out/report.html"``.
+        title: heading of the page; by default "Causal tracing of" the model.
+        about: what was run, name to value; by default the metadata that all results agree on.
+        bad_rows: rows of the data set that are no facts, in any form that has a ``str``.
+        notes: sentences to show above the summary.
+        missing: facts that were asked for and are not among the records; the page counts them.
+
+    Returns:
+        The path written.
+
+    Raises:
+        PlotError: plotly is not installed.
+        StoreError: the file cannot be written.
+    """
+    path = path_of("path", path, file=True)
+    title = None if title is None else text("title", title)
+    about = None if about is None else mapping("about", about)
+    notes, bad_rows = items("notes", notes, "a list of sentences"), items("bad_rows", bad_rows, "a list of rows")
+    missing = whole_number("missing", missing, 0, meaning="facts")
+    records = objects("records", records, Record, "Store.records() or Tracer.trace_many")
+    script = _plotly_script()
+    run = _Run()
+    averages, reason = run.read(records)
+    payload = {
+        "title": title or f"Causal tracing of {_model_name(run.shared)}",
+        "about": [[str(name), _text(value)] for name, value in (run.shared if about is None else about).items()],
+        "notes": [*map(str, notes), *([f"No averages: {reason}"] if reason else [])],
+        "bad_rows": [_text(row) for row in bad_rows],
+        "counts": run.counts() | ({"missing": missing} if missing else {}),
+        "averages": averages and _averages(averages),
+        "facts": run.facts,
+    }
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(_page(payload, run.grids, script))
+    return path
+
+
+class _Run:
+    """What a page keeps of its records, filled while the averages are taken."""
+
+    def __init__(self) -> None:
+        self.facts: list[dict[str, Any]] = []
+        self.grids: list[str | None] = []
+        self.reasons: Counter[str] = Counter()
+        self.metadata: dict[str, Any] | None = None
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        return self.metadata or {}
+
+    def read(self, records: Iterable[Record]) -> tuple[Averages | None, str | None]:
+        """Reads all records; gives their averages, or why there are none."""
+        seen = self._seen(records)
+        try:
+            return average(seen), None
+        except PlanError as error:
+            deque(seen, maxlen=0)  # the page shows what cannot be averaged all the same
+            return None, str(error)
+
+    def _seen(self, records: Iterable[Record]) -> Iterator[Record]:
+        for record in records:
+            self.facts.append(_fact(record))
+            self.grids.append(record.result and _grids(record.result))
+            if record.result is None:
+                self.reasons[record.reason or "no reason given"] += 1
+            else:
+                self._share(record.result.metadata)
+            yield record
+
+    def _share(self, metadata: Mapping[str, Any]) -> None:
+        if self.metadata is None:
+            self.metadata = {name: metadata[name] for name in metadata if name not in NOT_ABOUT_THE_RUN}
+        shared = self.metadata
+        self.metadata = {name: shared[name] for name in shared if name in metadata and metadata[name] == shared[name]}
+
+    def counts(self) -> dict[str, Any]:
+        asked = [fact["correct"] for fact in self.facts if fact["correct"] is not None]
+        traced = len(self.facts) - self.reasons.total()
+        reasons = self.reasons.most_common()
+        return {
+            "facts": len(self.facts),
+            "traced": traced,
+            "asked": len(asked),
+            "known": sum(asked),
+            "reasons": reasons,
+        }
+
+
+def _fact(record: Record) -> dict[str, Any]:
+    fact = record.fact
+    row = {
+        "id": fact.id,
+        "prompt": fact.prompt,
+        "subject": fact.subject,
+        "target": fact.target,
+        "relation": fact.relation,
+        "correct": record.correct,
+        "reason": record.reason,
+    }
+    return row if record.result is None else row | _trace(record.result)
+
+
+def _trace(result: TraceResult) -> dict[str, Any]:
+    return {
+        "target": str(result.target_id) if result.target is None else result.target,
+        "clean": _number(result.clean_prob),
+        "corrupted": _number(result.corrupted_prob),
+        "total": _number(result.total_effect),
+        "tokens": result.tokens,
+        "span": result.span,
+        "layers": result.n_layers,
+        "streams": [
+            {"name": stream, "title": layer_title(stream, result.windows[stream]), "color": plots._color(stream)}
+            for stream in result.streams
+        ],
+    }
+
+
+def _grids(result: TraceResult) -> str:
+    effects = np.stack([result.grid(stream, "indirect_effect") for stream in result.streams])
+    with np.errstate(over="ignore"):
+        return base64.b64encode(effects.astype("<f4").tobytes()).decode("ascii")
+
+
+def _averages(averages: Averages) -> dict[str, Any]:
+    frame = averages.to_frame()
+    columns = ("mean", "low", "high", "boot_low", "boot_high", "count", "facts")
+    streams = []
+    for stream in averages.streams:
+        lines = []
+        for role in averages.roles:
+            cells = frame[(frame["stream"] == stream) & (frame["role"] == role)]
+            numbers = {column: [_rounded(value) for value in cells[column]] for column in columns}
+            lines.append({"role": role, "name": ROLE_NAMES[role], "color": ROLE_COLORS[role], **numbers})
+        title = layer_title(stream, averages.windows[stream])
+        streams.append({"name": stream, "title": title, "color": plots._color(stream), "lines": lines})
+    totals = [{name: _plain(value) for name, value in row.items()} for row in averages.totals().to_dict("records")]
+    peaks = [_peak(averages, stream) for stream in averages.streams]
+    base = {"value": LEGENDS[averages.value], "lowest": lowest(averages), "facts": averages.facts}
+    return base | {"streams": streams, "totals": totals, "peaks": peaks}
+
+
+def _peak(averages: Averages, stream: str) -> dict[str, Any]:
+    row = averages.strongest(stream).iloc[0].to_dict()
+    return {name: _plain(value) for name, value in row.items()} | {"name": ROLE_NAMES[row["role"]]}
+
+
+def _model_name(metadata: Mapping[str, Any]) -> str:
+    return str(metadata.get("model") or "a language model")
+
+
+# Plain values for JSON.
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _rounded(value: float) -> float | None:
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    return _rounded(value) if isinstance(value, float) else value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_text(item)}" for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value))
+    return f"{value:.{DIGITS}g}" if isinstance(value, float) else str(value)
+
+
+# The page: a template, its style and scripts, and the data as JSON that no text can break out of.
+
+
+def _plotly_script() -> str:
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise PlotError(f'a report needs plotly ({error}): run pip install "fasttrace[report]"') from error
+    return get_plotlyjs()
+
+
+def _page(payload: Mapping[str, Any], grids: Iterable[str | None], plotly: str) -> Iterator[str]:
+    folder = resources.files("fasttrace") / "reports" / "html"
+    names = ("template.html", "report.css", "charts.js", "page.js")
+    template, style, charts, page = ((folder / name).read_text("utf-8") for name in names)
+    scripts = {"plotly": _embeddable(plotly), "charts": _embeddable(charts), "page": _embeddable(page)}
+    policy = " ".join(f"'sha256-{_digest(code)}'" for code in scripts.values())
+    parts = {
+        "policy": [f"default-src 'none'; script-src {policy}; style-src 'unsafe-inline'; img-src data: blob:"],
+        "style": [style],
+        "data": [_json(payload)],
+        "grids": (f'<script type="text/plain" id="grid-{i}">{grid}</script>\n' for i, grid in enumerate(grids) if grid),
+    }
+    parts |= {name: [code] for name, code in scripts.items()}
+    for i, piece in enumerate(template.split("%%")):
+        if i % 2:
+            yield from parts[piece]
+        else:
+            yield piece
+
+
+def _embeddable(code: str) -> str:
+    # The browser reads every line end as \n before it compares the script with its hash.
+    code = code.replace("\r\n", "\n").replace("\r", "\n")
+    assert "</script" not in code.lower(), "a script may not end the element it stands in"
+    return code
+
+
+def _digest(code: str) -> str:
+    return base64.b64encode(hashlib.sha256(code.encode("utf-8")).digest()).decode("ascii")
+
+
+def _json(payload: Mapping[str, Any]) -> str:
+    # With no "<", "</script>" and "<!--" in a prompt are only text; plain ASCII keeps lone surrogates.
+    return json.dumps(payload, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")

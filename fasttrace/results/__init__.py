@@ -1,0 +1,1 @@
+"""Results: grids, the file that keeps them, ROME's files, the figure."""
