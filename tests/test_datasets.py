@@ -132,13 +132,13 @@ def test_a_set_is_named_after_its_file_or_its_type(tmp_path):
 
 def test_romes_known_facts_are_read_with_their_ids_and_relations(tmp_path):
     assert read_facts(write_json(tmp_path / "known.json", ROME)).facts == (
-        Fact("40", "Mount Fuji lies in", "Mount Fuji", "Japan", None, "P17"),
-        Fact("41", "Big Ben lies in", "Big Ben", "London", None, "P276"),
+        Fact("40", "Mount Fuji lies in", "Mount Fuji", "Japan", None, "P17", 0),
+        Fact("41", "Big Ben lies in", "Big Ben", "London", None, "P276", 0),
     )
 
 
 def test_counterfact_is_read_with_its_new_target_as_foil(tmp_path):
-    expected = Fact("0", "The mother tongue of Victor Hugo is", "Victor Hugo", "French", "English", "P103")
+    expected = Fact("0", "The mother tongue of Victor Hugo is", "Victor Hugo", "French", "English", "P103", 21)
     pd.DataFrame(COUNTERFACT).to_parquet(tmp_path / "counterfact.parquet")
     path = write_json(tmp_path / "counterfact.json", COUNTERFACT)
     for source in (path, tmp_path / "counterfact.parquet", COUNTERFACT):
