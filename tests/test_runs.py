@@ -284,7 +284,7 @@ def test_another_place_of_the_subject_is_another_fact(tracer, tmp_path):
     first, second = (Fact("1", prompt, "Needle", subject_start=start) for start in (4, 18))
     outcome = run(tracer, read_facts([first]), tmp_path, **SAME)
     assert [record.fact for record in outcome.store.records()] == [first]
-    assert run(tracer, read_facts([first]), tmp_path, **SAME).traced == 0
+    assert run(tracer, read_facts([first]), tmp_path, **SAME).before == 1
     with pytest.raises(StoreError, match=r"another fact '1' \(subject_start 4 there, 18 here\)"):
         run(tracer, read_facts([second]), tmp_path, **SAME)
 

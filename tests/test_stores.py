@@ -108,8 +108,9 @@ def test_texts_that_are_not_unicode_survive_in_a_fact_and_a_reason(tmp_path):
     assert store.facts().prompt.tolist() == ["a ?"]
 
 
-def test_every_field_that_facts_are_compared_by_has_a_column():
-    assert tuple(field.name for field in dataclasses.fields(Fact) if field.compare) == FACT_COLUMNS
+def test_every_field_that_facts_are_compared_by_is_stored():
+    compared = {field.name for field in dataclasses.fields(Fact) if field.compare}
+    assert compared == {*FACT_COLUMNS, "subject_start"}  # which is kept in `details`
 
 
 def test_facts_are_ordered_by_the_numbers_in_their_ids_whatever_the_order_of_writing(tmp_path):
