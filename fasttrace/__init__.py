@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from fasttrace.experiment.cells import SITES, STREAMS
     from fasttrace.facts.dataset import Fact, read_facts
     from fasttrace.planning.cost import Cost
+    from fasttrace.results.record import Record
     from fasttrace.results.result import TraceResult, load
-    from fasttrace.runs.store import Record, Store
+    from fasttrace.runs.store import Store
 
 __version__ = "0.1.0"
 
@@ -48,7 +49,7 @@ __all__ = [
 ]
 
 _HOMES = {"Tracer": "api", "SITES": "experiment.cells", "STREAMS": "experiment.cells", "Cost": "planning.cost"}
-_HOMES |= {"ENGINES": "engines", "TraceResult": "results.result", "load": "results.result", "Record": "runs.store"}
+_HOMES |= {"ENGINES": "engines", "TraceResult": "results.result", "load": "results.result", "Record": "results.record"}
 _HOMES |= {"Store": "runs.store", "Fact": "facts.dataset", "read_facts": "facts.dataset"}
 
 

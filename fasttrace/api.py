@@ -30,7 +30,7 @@ from fasttrace.sweeps import Sweep
 
 if TYPE_CHECKING:
     from fasttrace.facts.dataset import Fact
-    from fasttrace.runs.store import Record
+    from fasttrace.results.record import Record
 
 LARGEST_DRAW = 10.0
 """Standard deviations; normal draws beyond it do not occur."""

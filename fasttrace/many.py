@@ -28,7 +28,7 @@ from fasttrace.fusing.choose import fused
 from fasttrace.models.hooks import evaluating
 from fasttrace.planning.cost import Cost
 from fasttrace.prompts.prompt import Prompt, token_text
-from fasttrace.runs.store import Record
+from fasttrace.results.record import Record
 from fasttrace.sweeps import Sweep
 
 if TYPE_CHECKING:

@@ -37,9 +37,10 @@ from fasttrace.reports.averages import average, token_roles
 from fasttrace.reports.exports import export
 from fasttrace.reports.page import write_report
 from fasttrace.results.figure import plot_figure, plot_stream, save_figure
+from fasttrace.results.record import Record
 from fasttrace.results.rome import rome_file_name
 from fasttrace.runs.run import run
-from fasttrace.runs.store import Record, Store
+from fasttrace.runs.store import Store
 from tests.conftest import all_grids, make_job, tiny_anatomy
 from tests.helpers.run_facts import facts_of
 from tests.helpers.tokenizers import byte_level

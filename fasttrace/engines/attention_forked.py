@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasttrace.engines.attention_ragged import GroupOnDevice, PackState, after_prefix, packed_pass
+from fasttrace.engines.attention_ragged import PackState, after_prefix, packed_pass
 from fasttrace.errors import EngineError
 from fasttrace.models.anatomy import Anatomy
 from fasttrace.models.axes import Path
 from fasttrace.models.hooks import first_of, hidden_argument, replaced_forward, with_first
+from fasttrace.planning.on_device import GroupOnDevice
 
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 

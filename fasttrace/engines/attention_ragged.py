@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, partial
 from inspect import signature
 from threading import Lock
@@ -29,7 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fasttrace.errors import EngineError
 from fasttrace.models.anatomy import Anatomy
 from fasttrace.models.hooks import here, replaced_method
-from fasttrace.planning.plan import Rectangle
+from fasttrace.planning.on_device import GroupOnDevice
 
 if TYPE_CHECKING:
     from fasttrace.fusing.attention import KernelState
@@ -37,23 +37,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fasttrace")
 
 NAME = "fasttrace_ragged"
-
-
-@dataclass(frozen=True)
-class GroupOnDevice(Rectangle):
-    """`plan.Group` with its base rows as an index tensor on a device."""
-
-    n_tiles: int
-    base: Tensor
-
-    def of_mask(self, mask: Tensor) -> Tensor:
-        """[batch, 1 or head, position, position] of the longest prompt -> [1, ..., query, position] of a row."""
-        return mask[:1, :, self.first : self.stop, : self.stop]
-
-    def by_row(self) -> "GroupOnDevice":
-        """The same rows, one to a tile."""
-        base = self.base.repeat_interleave(self.tile_rows)
-        return replace(self, tile_rows=1, n_tiles=self.n_tiles * self.tile_rows, base=base)
 
 
 @dataclass

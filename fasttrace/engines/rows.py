@@ -10,12 +10,13 @@ from functools import partial
 
 from torch import Tensor
 
-from fasttrace.engines.blocks import BlockTables, LastBlock, base_logits, grown, picked, restore, tables_of
+from fasttrace.engines.blocks import LastBlock, base_logits, grown, restore
 from fasttrace.engines.job import Job, Tick, base_ids, corrupted, pack_of_jobs
 from fasttrace.engines.readout import Scores
 from fasttrace.models.anatomy import Anatomy
 from fasttrace.models.axes import Path
 from fasttrace.models.hooks import forward_pass, input_hook, output_hook, raw_output_hook
+from fasttrace.planning.on_device import BlockTables, picked, tables_of
 from fasttrace.planning.plan import Layout
 
 LAYOUT: Layout = "full"

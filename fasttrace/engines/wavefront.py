@@ -14,18 +14,7 @@ from torch import Tensor, nn
 
 from fasttrace.engines.attention_forked import Fork, forked_attention
 from fasttrace.engines.attention_ragged import PackState, ragged_attention
-from fasttrace.engines.blocks import (
-    BlockTables,
-    Edits,
-    LastBlock,
-    PassTables,
-    base_logits,
-    grown,
-    picked,
-    restore,
-    sent,
-    tables_of,
-)
+from fasttrace.engines.blocks import LastBlock, base_logits, grown, restore
 from fasttrace.engines.job import Job, Tick, base_ids, corrupted, pack_of_jobs
 from fasttrace.engines.readout import Scores
 from fasttrace.errors import EngineError
@@ -33,6 +22,7 @@ from fasttrace.fusing.choose import attention_kernel
 from fasttrace.models.anatomy import Anatomy
 from fasttrace.models.axes import Axes, Path
 from fasttrace.models.hooks import forward_pass, input_hook, output_hook, raw_output_hook
+from fasttrace.planning.on_device import BlockTables, Edits, PassTables, picked, sent, tables_of
 from fasttrace.planning.packs import Pack
 from fasttrace.planning.plan import Layout
 

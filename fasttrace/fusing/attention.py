@@ -17,10 +17,10 @@ from fasttrace_kernels.layout import AttentionLayout
 from fasttrace_kernels.suffix_attention import suffix_attention, tile_tokens
 from torch import Tensor, nn
 
-from fasttrace.engines.blocks import sent
 from fasttrace.errors import FasttraceError
 from fasttrace.fusing.measure import Case, case_of, leave_out
 from fasttrace.models.anatomy import Anatomy
+from fasttrace.planning.on_device import sent
 from fasttrace.planning.packs import Pack, kept
 from fasttrace.planning.plan import BlockPlan
 

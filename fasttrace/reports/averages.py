@@ -12,8 +12,8 @@ import pandas as pd
 from fasttrace.checks import items, memory_for, memory_told, objects, path_of, shown, span_of, whole_number
 from fasttrace.errors import PlanError
 from fasttrace.files.writing import atomic_write
+from fasttrace.results.record import Record
 from fasttrace.results.result import TraceResult, count_of
-from fasttrace.runs.parts import Record
 
 __all__ = ["ROLES", "VALUES", "Averages", "average", "token_roles"]
 

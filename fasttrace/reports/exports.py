@@ -41,11 +41,12 @@ from fasttrace.files.names import is_plain, plain_names
 from fasttrace.files.received import NONSENSE, expect, read_regular
 from fasttrace.files.sets import one_set
 from fasttrace.files.writing import atomic_write
+from fasttrace.results.record import Record
 from fasttrace.results.result import TraceResult
 from fasttrace.results.rome import ROME_KINDS, rome_file_name
 from fasttrace.runs.coverage import Coverage
 from fasttrace.runs.parts import FACT_COLUMNS
-from fasttrace.runs.store import Record, Store
+from fasttrace.runs.store import Store
 
 __all__ = ["EXPORTS", "export"]
 

@@ -20,8 +20,8 @@ from fasttrace.reports.average_figures import LEGENDS, ROLE_COLORS, ROLE_NAMES, 
 from fasttrace.reports.averages import Averages, average
 from fasttrace.results import figure as plots
 from fasttrace.results.figure import PlotError
+from fasttrace.results.record import Record
 from fasttrace.results.result import TraceResult
-from fasttrace.runs.parts import Record
 
 __all__ = ["write_report"]
 

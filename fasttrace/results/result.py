@@ -16,9 +16,10 @@ import pyarrow as pa
 from fasttrace.checks import flag, path_of, shown, whole_number
 from fasttrace.errors import PlanError, StoreError
 from fasttrace.files.names import plain_name
-from fasttrace.files.received import NONSENSE, check_result, check_streams, expect, why
+from fasttrace.files.received import NONSENSE, expect, why
 from fasttrace.files.writing import as_utf8, atomic_write, read_parquet, write_parquet
 from fasttrace.planning.cost import Cost
+from fasttrace.results.received import check_result, check_streams
 from fasttrace.results.rome import rome_arrays, rome_path
 
 if TYPE_CHECKING:

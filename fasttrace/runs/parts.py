@@ -38,7 +38,6 @@ import json
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +47,11 @@ import pyarrow.parquet as pq
 
 from fasttrace.errors import StoreError
 from fasttrace.facts.dataset import Fact
-from fasttrace.files.received import NONSENSE, check_result, check_streams, expect, parsed, read_regular, why
+from fasttrace.files.received import NONSENSE, expect, parsed, read_regular, why
 from fasttrace.files.writing import SCHEMA_KEY, as_utf8
 from fasttrace.planning.cost import Cost
+from fasttrace.results.received import check_result, check_streams
+from fasttrace.results.record import Record
 from fasttrace.results.result import TraceResult
 from fasttrace.runs.manifest import STORE_VERSION
 
@@ -59,7 +60,6 @@ __all__ = [
     "PLAIN_COLUMNS",
     "STATUSES",
     "DamagedPartError",
-    "Record",
     "decode_record",
     "encode_part",
     "part_name",
@@ -96,24 +96,6 @@ NAME = re.compile(r"part-\d{3,}-\d{6,}-[0-9a-f]{8}-([0-9a-f]{16})\.parquet")
 
 class DamagedPartError(StoreError):
     """A part is not what was written, or gone."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """What became of one fact.
-
-    Attributes:
-        fact: as it was given.
-        result: its trace; None if it was skipped.
-        reason: why it was skipped; None if it was traced.
-        correct: whether the clean run's top token is the first of the expected answer, or by ROME's rule the answer;
-            None if there is none.
-    """
-
-    fact: Fact
-    result: TraceResult | None = None
-    reason: str | None = None
-    correct: bool | None = None
 
 
 def part_name(content: bytes, rank: int, number: int) -> str:

@@ -19,9 +19,10 @@ from fasttrace.fusing import cpu_linears
 from fasttrace.fusing import measure as kernel_choice
 from fasttrace.many import Encoded, Study, study_of
 from fasttrace.models.identity import digests
+from fasttrace.results.record import Record
 from fasttrace.runs.manifest import SAME_SIGMA, compared, differences, plain_json
 from fasttrace.runs.processes import CellSharded, Claims, Patience, Ranks, claims
-from fasttrace.runs.store import MANIFEST, Record, Store
+from fasttrace.runs.store import MANIFEST, Store
 from fasttrace.sweeps import versions
 
 if TYPE_CHECKING:

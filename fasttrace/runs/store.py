@@ -27,6 +27,7 @@ from fasttrace.facts.dataset import Fact
 from fasttrace.files.object_stores import copied, is_address
 from fasttrace.files.received import patiently
 from fasttrace.files.writing import TEMPORARY, as_utf8, atomic_write, remove_stale, set_aside
+from fasttrace.results.record import Record
 from fasttrace.results.result import VALUES
 from fasttrace.runs.coverage import Coverage
 from fasttrace.runs.manifest import (
@@ -43,7 +44,6 @@ from fasttrace.runs.manifest import (
 from fasttrace.runs.parts import (
     PLAIN_COLUMNS,
     DamagedPartError,
-    Record,
     decode_record,
     encode_part,
     part_name,
@@ -52,7 +52,7 @@ from fasttrace.runs.parts import (
 )
 from fasttrace.runs.shelf import Shelf
 
-__all__ = ["Record", "Store"]
+__all__ = ["Store"]
 
 MANIFEST, PARTS, DAMAGED = "manifest.json", "parts", "damaged"
 SCORED = ("prompt", "subject", "target")

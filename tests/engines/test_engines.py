@@ -278,7 +278,7 @@ def test_restoring_works_on_outputs_that_are_not_contiguous():
 
 
 def test_all_tables_of_a_plan_reach_the_device_in_one_copy(monkeypatch):
-    from fasttrace.engines import blocks as tables
+    from fasttrace.planning import on_device as tables
 
     anatomy, job = tiny_anatomy("gpt2"), make_job(7, (1, 4), 2, all_grids(STREAMS, 3, 7))
     pack = pack_of_jobs([job], anatomy.n_layers, "suffix")

@@ -21,8 +21,9 @@ import torch
 
 import fasttrace
 from fasttrace.facts.dataset import FactSet, read_facts
+from fasttrace.results.record import Record
 from fasttrace.runs.run import run
-from fasttrace.runs.store import Record, Store
+from fasttrace.runs.store import Store
 from tests.helpers.run_facts import OPTIONS, SMALL, assert_same_numbers, one_of_each
 
 FAULTS = {"full": (errno.ENOSPC, False), "once": (errno.EIO, True)}

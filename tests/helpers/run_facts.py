@@ -16,7 +16,8 @@ import psutil
 
 from fasttrace.api import Tracer
 from fasttrace.facts.dataset import Fact
-from fasttrace.runs.store import Record, Store
+from fasttrace.results.record import Record
+from fasttrace.runs.store import Store
 from tests.helpers.tokenizers import byte_level
 from tests.helpers.zoo import tiny_model
 

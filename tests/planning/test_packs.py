@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fasttrace.engines import reference, wavefront
-from fasttrace.engines.blocks import tables_of
 from fasttrace.engines.job import Job, base_ids, pack_of_jobs
 from fasttrace.experiment.cells import STREAMS, grid_cells
 from fasttrace.models.anatomy import anatomy_of
 from fasttrace.planning import packs
+from fasttrace.planning.on_device import tables_of
 from fasttrace.planning.packs import pack_of, peak_tokens
 from fasttrace.planning.plan import plan_cells
 from tests.conftest import N_LAYERS, all_grids, make_job, tiny_anatomy

@@ -10,8 +10,8 @@ from fasttrace.errors import PlanError, StoreError
 from fasttrace.facts.dataset import Fact
 from fasttrace.planning.cost import Cost
 from fasttrace.reports.averages import ROLES, average, token_roles
+from fasttrace.results.record import Record
 from fasttrace.results.result import TraceResult
-from fasttrace.runs.store import Record
 
 STREAMS = ("block_output", "mlp_activation", "attention_output")
 WINDOWS = {"block_output": 1, "mlp_activation": 10, "attention_output": 10}

@@ -10,7 +10,8 @@ import pytest
 from fasttrace.errors import StoreError
 from fasttrace.files.names import RESERVED, is_plain
 from fasttrace.reports.exports import EXPORTS, export
-from fasttrace.runs.store import Record, Store
+from fasttrace.results.record import Record
+from fasttrace.runs.store import Store
 from tests.results.test_result import make_result
 from tests.runs.test_store import FINGERPRINT, fact, result_of, skipped, traced
 

@@ -16,7 +16,7 @@ from fasttrace.facts.dataset import Fact
 from fasttrace.reports import page as report
 from fasttrace.reports.averages import average
 from fasttrace.reports.page import write_report
-from fasttrace.runs.store import Record
+from fasttrace.results.record import Record
 from tests.reports.test_averages import STREAMS, make_result, record
 
 pytest.importorskip("plotly")

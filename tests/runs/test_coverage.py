@@ -13,9 +13,10 @@ from fasttrace.cli import app as cli
 from fasttrace.errors import StoreError
 from fasttrace.reports.averages import average
 from fasttrace.reports.exports import export
+from fasttrace.results.record import Record
 from fasttrace.runs import shelf
 from fasttrace.runs import store as stores
-from fasttrace.runs.parts import Record, read_part
+from fasttrace.runs.parts import read_part
 from fasttrace.runs.store import Store
 from tests.runs.test_store import FINGERPRINT, fact, flip, result_of, skipped, traced
 

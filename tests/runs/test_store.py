@@ -18,10 +18,11 @@ from fasttrace.errors import StoreError
 from fasttrace.facts.dataset import Fact
 from fasttrace.files import writing as files
 from fasttrace.files.writing import write_new
+from fasttrace.results.record import Record
 from fasttrace.runs import store as stores
 from fasttrace.runs.manifest import STORE_VERSION
 from fasttrace.runs.parts import FACT_COLUMNS, encode_part, part_name
-from fasttrace.runs.store import Record, Store
+from fasttrace.runs.store import Store
 from tests.results.test_result import STREAMS, make_result
 
 FINGERPRINT = {
