@@ -29,10 +29,9 @@ from fasttrace.models.anatomy import anatomy_of
 from fasttrace.models.hooks import output_hook
 from fasttrace.runs.processes import Ranks
 from fasttrace.runs.run import run
-from tests.conftest import all_grids, make_job, tiny_model
-from tests.engines.test_engines import relative_error
+from tests.conftest import all_grids, make_job, relative_error, tiny_model
 from tests.helpers.run_facts import OPTIONS, facts_of
-from tests.test_api import tracer_with_text
+from tests.helpers.tracers import tracer_with_text
 
 needs_onednn = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch is built without oneDNN"

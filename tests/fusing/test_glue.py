@@ -34,10 +34,10 @@ from fasttrace.models.hooks import evaluating, input_hook, output_hook
 from fasttrace.runs.processes import Ranks
 from fasttrace.runs.run import run
 from tests.conftest import all_grids, make_job
-from tests.engines.test_families import best_engine
 from tests.helpers import zoo
+from tests.helpers.families import best_engine
 from tests.helpers.run_facts import OPTIONS, facts_of
-from tests.test_api import tracer_with_text
+from tests.helpers.tracers import tracer_with_text
 
 GATES, TURNS = {"swiglu(silu)": 4}, {"rotary": 4}
 LLAMA = {"rms_norm": 9, **GATES, **TURNS}
