@@ -15,6 +15,7 @@ from fasttrace.engines.job import Job, Tick
 from fasttrace.engines.readout import Scores, distributions
 from fasttrace.errors import EngineError
 from fasttrace.experiment.cells import Cell, Edit
+from fasttrace.experiment.sites import SITE
 from fasttrace.models.anatomy import Anatomy
 from fasttrace.models.hooks import forward_pass, hidden_hook, output_hook
 
@@ -107,13 +108,12 @@ def _overwritten(row: int, edit: Edit, value: Tensor, hidden: Tensor) -> Tensor:
 
 def _at(stack: ExitStack, anatomy: Anatomy, n_rows: int, site: str, layer: int, rewrite) -> None:
     """Hooks a site; `rewrite` sees it as [row, position, ...], whatever the module's own axes are."""
-    is_block = site.startswith("block")
-    axis = anatomy.row_axis if is_block else 0
+    axis = anatomy.row_axis if SITE[site].part == "blocks" else 0
 
     def rewrite_rows(hidden: Tensor) -> Tensor | None:
         copy = hidden.clone()
         rows = copy.unflatten(0, (n_rows, -1)) if copy.dim() == 2 else copy.movedim((axis, axis + 1), (0, 1))
         return None if rewrite(rows) is None else copy
 
-    hook = hidden_hook if site in ("block_input", "mlp_activation") else output_hook
+    hook = hidden_hook if SITE[site].side == "input" else output_hook
     stack.enter_context(hook(anatomy.modules_at(site)[layer], rewrite_rows))
