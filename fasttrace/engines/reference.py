@@ -73,8 +73,8 @@ def _pass(
     """One forward pass: the values it was asked to record, and next-token distributions [row, vocab]."""
     recorded: Values = {}
     with ExitStack() as stack:
-        looks_twice = job.corruption.neutral is not None
-        prompt = anatomy.embedding(job.token_ids[None].to(anatomy.device)) if looks_twice else None
+        is_fed_otherwise = job.runs.neutral is not None and job.runs.ids is None
+        prompt = anatomy.embedding(job.token_ids[None].to(anatomy.device))[0] if is_fed_otherwise else None
         stack.enter_context(output_hook(anatomy.embedding, partial(_corrupted, job, runs, prompt)))
         for place in wanted:
             _at(stack, anatomy, len(runs), *place, lambda x, place=place: recorded.__setitem__(place, x.clone()))
@@ -83,21 +83,23 @@ def _pass(
                 base_row = 0 if edit.source == "clean" else 1 + (sample or 0)
                 value = known[edit.site, edit.layer][base_row, edit.position]
                 _at(stack, anatomy, len(runs), edit.site, edit.layer, partial(_overwritten, row, edit, value))
-        seen = job.corruption.seen_elsewhere(job.token_ids)
-        ids = torch.stack([job.token_ids if sample is None else seen for _, sample in runs]).to(anatomy.device)
+        seen = job.runs.seen(job.token_ids)
+        ids = torch.stack([job.token_ids if sample is None else seen[sample] for _, sample in runs]).to(anatomy.device)
         logits = anatomy.model(input_ids=ids, use_cache=False).logits
     return recorded, distributions(logits[:, -1])
 
 
 def _corrupted(job: Job, runs: Sequence[Run], prompt: Tensor | None, embeddings: Tensor) -> Tensor:
-    """Noise on the subject's embeddings; `prompt` has them where the runs' own ids are a neutral token's."""
-    begin, end = job.corruption.span
+    """Noise on the subject's embeddings; `prompt` has those of the prompt where runs are fed with other ids."""
+    if job.runs.noise is None:
+        return embeddings
+    begin, end = job.runs.span
     embeddings = embeddings.clone()
     for row, (_, sample) in enumerate(runs):
         if sample is not None:
-            subject = (embeddings[row] if prompt is None else prompt[0])[begin:end]
-            noise = job.corruption.noise[sample].to(embeddings.device)
-            embeddings[row, begin:end] = (subject.double() + noise).to(embeddings.dtype)
+            subject = (embeddings[row] if prompt is None else prompt)[begin:end].double()
+            noise = job.runs.noise[sample].to(embeddings.device)
+            embeddings[row, begin:end] = (noise if job.runs.replaces else subject + noise).to(embeddings.dtype)
     return embeddings
 
 
