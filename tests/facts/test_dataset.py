@@ -497,7 +497,7 @@ def test_a_fact_is_checked_like_any_row():
 def test_a_malformed_rewrite_is_skipped_with_its_reason(change, reason):
     case = COUNTERFACT[0]
     assert reason in bad_row({**case, "requested_rewrite": {**case["requested_rewrite"], **change}})
-    assert "requested_rewrite is 'text'" in bad_row({**case, "requested_rewrite": "text"})
+    assert "requested_rewrite is a string, 'text'" in bad_row({**case, "requested_rewrite": "text"})
 
 
 def test_the_second_of_two_equal_ids_is_skipped_and_the_first_one_named():
