@@ -23,10 +23,8 @@ from bench.card import card, print_card
 from bench.gate import DisagreementError
 from bench.report import new_report, path_of, write
 from bench.timing import Ceiling, Section, default_device, matmul_ceiling, seconds_of, sustained_rate
-from fasttrace.engines import LAYOUTS
 from fasttrace.engines.memory import READOUT_BYTES, Budget, bytes_per_token
 from fasttrace.many import Encoded, Study, study_of
-from fasttrace.planning.packs import peak_tokens
 
 ALLOWED = {torch.float32: 1e-3, torch.float64: 1e-9}
 HALF_ALLOWED = 0.1
@@ -156,8 +154,8 @@ def agreement(
 
 def largest_pack(study: Study, packs: Sequence[Sequence[Encoded]]) -> int:
     """Tokens of the largest pack that runs; of a prompt that is split, the budget."""
-    layers, layout = study.sweep.anatomy.n_layers, LAYOUTS[study.sweep.choice.name]
-    sizes = [peak_tokens([study.sweep.job(each.prompt).plan(layers, layout) for each in pack]) for pack in packs]
+    jobs = [[study.sweep.job(each.prompt) for each in pack] for pack in packs]
+    sizes = [study.engine.tokens(study.sweep.anatomy, pack) for pack in jobs]
     return min(study.budget.tokens, max(sizes))
 
 

@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from fasttrace.checks import flag, function, memory_told, span_of, text, token_ids, whole_number
-from fasttrace.engines.memory import check_samples
-from fasttrace.engines.passes import Progress, run_in_passes
+from fasttrace.engines import ENGINES
+from fasttrace.engines.memory import Budget, check_samples, tokens_allowed
+from fasttrace.engines.passes import Progress
 from fasttrace.engines.self_check import EngineChoice, choose
 from fasttrace.engines.state import follow, state_of
 from fasttrace.errors import FasttraceError, ModelError, PlanError, PromptError
 from fasttrace.experiment.cells import windows_of
 from fasttrace.experiment.corruption import sigma_of
 from fasttrace.experiment.settings import Settings, engine_name
-from fasttrace.fusing.choose import fused
 from fasttrace.fusing.cpu_linears import library_asked
 from fasttrace.models.anatomy import Anatomy, anatomy_of, module_paths
 from fasttrace.models.arguments import check_model, check_modules, checked_label, checked_name, explain_call
@@ -258,8 +258,9 @@ class Tracer:
         subjects = settings.noise_subjects or [encoded.token_ids[slice(*encoded.span)]]
         sweep = self.sweep(windows, settings.noise, subjects, settings.samples, settings.seed, settings.engine)
         job = sweep.job(encoded)
-        with fused(self._anatomy, self.fuse and sweep.choice.name != "reference"):
-            scores, cost = run_in_passes(sweep.choice.name, self._anatomy, job, settings.budget, progress)
+        budget = Budget(tokens_allowed(self._anatomy, settings.budget))
+        engine = ENGINES[sweep.choice.name]
+        ((scores, cost),) = engine.scores(self._anatomy, [job], budget, fuse=self.fuse, progress=progress)
         return sweep.result(encoded, scores, cost)
 
     def trace_many(

@@ -15,16 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fasttrace.checks import memory_told
-from fasttrace.engines import LAYOUTS, READY
+from fasttrace.engines import ENGINES, Engine
 from fasttrace.engines.job import Job
 from fasttrace.engines.memory import Budget, check_samples, tokens_allowed
-from fasttrace.engines.passes import run_together
 from fasttrace.engines.readout import CHUNK_BYTES, Scores
 from fasttrace.engines.self_check import confirm, prompts_share_passes
 from fasttrace.errors import NumericsError, PromptError
 from fasttrace.experiment.settings import Settings
 from fasttrace.facts.dataset import Fact, check_answers, read_facts
-from fasttrace.fusing.choose import fused
 from fasttrace.models.hooks import evaluating
 from fasttrace.planning.cost import Cost
 from fasttrace.prompts.prompt import Prompt, token_text
@@ -92,6 +90,11 @@ class Study:
     require_correct: bool = False
     strict: bool = False
     compat: str | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """What the cells run on."""
+        return ENGINES[self.sweep.choice.name]
 
     @property
     def target_rule(self) -> str:
@@ -180,12 +183,7 @@ class Study:
 
     def _planned(self, facts: Sequence[Encoded]) -> Planned:
         jobs = [self.sweep.job(each.prompt) for each in facts]
-        make_ready, layout = READY.get(self.sweep.choice.name), LAYOUTS.get(self.sweep.choice.name)
-        if len(jobs) == 1 or make_ready is None:
-            if layout is not None and jobs[0].peak_tokens(self.sweep.anatomy.n_layers, layout) <= self.budget.tokens:
-                jobs[0].plan(self.sweep.anatomy.n_layers, layout)  # into the cache, where the engine looks first
-            return Planned(facts, jobs)
-        return Planned(facts, jobs, make_ready(self.sweep.anatomy, jobs, self.fuse))
+        return Planned(facts, jobs, self.engine.ready(self.sweep.anatomy, jobs, self.budget, self.fuse))
 
     def _records(self, planned: Planned) -> list[Record]:
         try:
@@ -200,10 +198,9 @@ class Study:
         return [self._record(fact, *each) for fact, each in zip(planned.facts, found, strict=True)]
 
     def _scores(self, planned: Planned) -> list[tuple[Scores, Cost]]:
-        anatomy, name = self.sweep.anatomy, self.sweep.choice.name
+        anatomy = self.sweep.anatomy
         confirm(anatomy, self.sweep.choice)
-        with fused(anatomy, self.fuse and name != "reference"):
-            return run_together(name, anatomy, planned.jobs, self.budget, planned.ready)
+        return self.engine.scores(anatomy, planned.jobs, self.budget, fuse=self.fuse, ready=planned.ready)
 
     def _record(self, each: Encoded, scores: Scores, cost: Cost) -> Record:
         try:

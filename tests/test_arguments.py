@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
 from fractions import Fraction
 from functools import cache
@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 
 import fasttrace
 from fasttrace import EngineError, FasttraceError, ModelError, PlanError, PromptError, api, sweeps
-from fasttrace.engines import ENGINES, LAYOUTS
+from fasttrace.engines import ENGINES
+from fasttrace.engines.memory import Budget
 from fasttrace.engines.passes import run_in_passes
 from fasttrace.engines.readout import Scores
 from fasttrace.engines.self_check import _CHECKS
@@ -556,16 +557,16 @@ def test_the_largest_pack_of_many_samples_is_told_from_one(n_layers, n_positions
     assert many.peak_tokens(n_layers, layout) == many.plan(n_layers, layout).peak_tokens
 
 
-def test_thousands_of_samples_take_thousands_of_passes(monkeypatch):
+def test_thousands_of_samples_take_thousands_of_passes():
     def constant(_anatomy, job, _tick):
         passes.append(job.samples)
         return Scores(0, np.zeros((len(job.cells), job.samples)), np.zeros(5), np.zeros((job.samples, 5)))
 
     passes: list[int] = []
-    monkeypatch.setitem(ENGINES, "wavefront", constant)
+    engine = replace(ENGINES["wavefront"], run=constant)
     job = make_job(3, (0, 1), 2500, all_grids(("block_output",), 1, 3))
-    budget = job.part(slice(None), slice(1)).peak_tokens(N_LAYERS, LAYOUTS["wavefront"])
-    scores, _ = run_in_passes("wavefront", tiny_anatomy("gpt2"), job, budget)
+    budget = Budget(job.part(slice(None), slice(1)).peak_tokens(N_LAYERS, engine.layout))
+    scores, _ = run_in_passes(engine, tiny_anatomy("gpt2"), job, budget)
     assert passes == [1] * 2500
     assert scores.cells.shape[1] == 2500
 

@@ -1,6 +1,7 @@
 """Many prompts give what each gives alone, whatever shares a pass."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ from transformers import PhiConfig, PhiForCausalLM
 
 import fasttrace
 from fasttrace import NumericsError, PlanError, PromptError, many
+from fasttrace.engines import ENGINES, wavefront
 from fasttrace.engines import self_check as select
-from fasttrace.engines import wavefront
 from fasttrace.facts.dataset import Fact
 from fasttrace.many import study_of, trace_all
 from tests.conftest import tiny_model
@@ -255,7 +256,7 @@ def test_a_family_that_is_wrong_with_company_is_traced_alone(family, monkeypatch
         return scores
 
     monkeypatch.setattr(select, "_CHECKS", type(select._CHECKS)())
-    monkeypatch.setitem(select.PACKING, "wavefront", wrong)
+    monkeypatch.setitem(ENGINES, "wavefront", replace(ENGINES["wavefront"], run_jobs=wrong))
     with caplog.at_level(logging.WARNING, "fasttrace"):
         study, encoded, _ = study_of(tracer, FACTS, **OPTIONS)
         assert all(len(pack) == 1 for pack in study.packed(encoded))

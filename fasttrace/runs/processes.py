@@ -24,11 +24,9 @@ from accelerate import PartialState
 from torch import distributed
 
 from fasttrace.engines.job import Job
-from fasttrace.engines.passes import run_together
 from fasttrace.engines.readout import Scores
 from fasttrace.engines.self_check import confirm
 from fasttrace.errors import FasttraceError, PlanError
-from fasttrace.fusing.choose import fused
 from fasttrace.many import Encoded, Planned, Study
 from fasttrace.planning.cost import Cost, total
 from fasttrace.runs.claims import CLAIMS, Claims, claims, named
@@ -300,11 +298,9 @@ class CellSharded(Study):
         return [(_joined([scores for scores, _ in found], shares), total(cost for _, cost in found))]
 
     def _scores_of(self, job: Job, share: np.ndarray) -> tuple[Scores, Cost]:
-        anatomy, name = self.sweep.anatomy, self.sweep.choice.name
         part = replace(job, cells=tuple(job.cells[number] for number in share))
-        confirm(anatomy, self.sweep.choice)
-        with fused(anatomy, self.fuse and name != "reference"):
-            return run_together(name, anatomy, [part], self.budget)[0]
+        confirm(self.sweep.anatomy, self.sweep.choice)
+        return self.engine.scores(self.sweep.anatomy, [part], self.budget, fuse=self.fuse)[0]
 
 
 def shares_of_cells(job: Job, n_layers: int, world: int) -> list[np.ndarray]:
