@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fasttrace
-from fasttrace import EngineError, FasttraceError, ModelError, PlanError, PromptError, api, sweeps
+from fasttrace import EngineError, FasttraceError, ModelError, PlanError, PromptError, api, study
 from fasttrace.engines import ENGINES
 from fasttrace.engines.memory import Budget
 from fasttrace.engines.passes import run_in_passes
@@ -437,7 +437,7 @@ def out_of_host_memory(*_args, **_options):
 @pytest.mark.parametrize("fails", [out_of_memory, out_of_host_memory])
 @pytest.mark.parametrize("call", [lambda: tracer().trace(**TRACE), lambda: list(tracer().trace_many(**MANY))])
 def test_memory_that_runs_out_before_a_pass_is_an_error_of_ours(call, fails, monkeypatch):
-    monkeypatch.setattr(sweeps, "draw", fails)
+    monkeypatch.setattr(study, "draw", fails)
     with pytest.raises(EngineError, match=r"out of memory while tracing \(.*allocate.*\): lower samples or budget"):
         call()
 
