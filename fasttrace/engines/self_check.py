@@ -1,4 +1,4 @@
-"""Which engine a model gets: the first one that a self-check on this very model finds right.
+"""Which engine a model gets: the first one that a self-check on the model itself finds right.
 
 Packed tracing is silently wrong on a few families, and only a comparison with plain forward passes shows it. So
 the check is not optional: "auto" takes the first engine that passes, and one that is named has to pass too. It is made
