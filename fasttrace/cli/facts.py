@@ -250,8 +250,8 @@ def average(
     check_writable(where)
     store = Store.read(folder)
     shown = store.coverage(everything)
-    options = {"value": value, "compat": compat, "bootstrap": bootstrap, "seed": seed, "notes": shown.notes}
-    averages = average_records(store.records(shown), **options)
+    options = {"value": value, "compat": compat, "bootstrap": bootstrap, "seed": seed}
+    averages = average_records(store, shown=shown, **options)
     with one_set(where, AVERAGES, lambda _: AVERAGES_FILES) as scratch:
         paths = averages.save_csv(scratch / AVERAGES)
         if shown.notes:
@@ -280,21 +280,12 @@ def report(
     allow_incomplete: AllowIncomplete = False,
 ) -> None:
     """Write a run as one HTML page that works without a network: averages, a table of facts, their grids."""
-    from fasttrace.files.writing import as_utf8
     from fasttrace.reports.page import write_report
     from fasttrace.runs.store import Store
 
     where = out or _inside(folder, "report.html")
     store = Store.read(folder)
     shown = store.coverage(everything)
-    about = store.description
-    path = write_report(
-        store.records(shown),
-        where,
-        title=as_utf8(about.get("name") or None),
-        bad_rows=about.get("bad_rows", ()),
-        notes=(*store.notes, *shown.notes),
-        missing=shown.missing,
-    )
+    path = write_report(store, where, shown=shown)
     say(f"wrote {path}")
     _say(shown, allow_incomplete)
