@@ -337,10 +337,10 @@ def other_doors(store):
 
 
 OTHERS = """
-encode windows windows_of choose_engine Settings read_facts average average.shown write_report.shown Averages.strongest Averages.save_csv token_roles
-grid strongest top_tokens summary save to_csv save_rome_npz rome_file_name plot plot_stream plot_figure save_figure
-plot_roles save_roles save_lines load write_report export export.out Store.read Store.open Store.remaining Store.write
-Store.coverage Store.facts
+encode windows windows_of choose_engine Settings read_facts average average.shown write_report.shown
+Averages.strongest Averages.save_csv token_roles grid strongest top_tokens summary save to_csv save_rome_npz
+rome_file_name plot plot_stream plot_figure save_figure plot_roles save_roles save_lines load write_report export
+export.out Store.read Store.open Store.remaining Store.write Store.coverage Store.facts
 """
 NAMES = tuple(OTHERS.split())
 

@@ -159,7 +159,7 @@ def average(
     The bootstrap over clusters: A. C. Cameron, J. B. Gelbach and D. L. Miller, Rev. Econ. Stat. 90 (2008).
 
     Args:
-        records: a store, or facts with their results, read once and in any order. Those without a result are counted and
+        records: a store, or facts with results, read once and in any order. Those without a result are counted and
             left out; facts that the model does not know count like any other, unless compat says otherwise.
         value: ``prob``, ``indirect_effect`` or ``normalized_effect``; by default the indirect effect, and
             with ``compat="rome"`` the probability.
