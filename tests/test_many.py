@@ -18,10 +18,9 @@ from fasttrace.engines.clean import clean_tops
 from fasttrace.experiment.settings import Settings
 from fasttrace.facts.dataset import Fact, read_facts
 from fasttrace.study import encoded_facts
-from tests.conftest import tiny_model
+from tests.conftest import loads_in_blocks, tiny_model
 from tests.helpers.tokenizers import byte_level
-from tests.models.test_sizes import loads_in_blocks
-from tests.test_api import tracer_with_text
+from tests.helpers.tracers import tracer_with_text
 
 FACTS = [
     Fact("needle", "The Space Needle is in downtown", "The Space Needle", "Seattle"),
