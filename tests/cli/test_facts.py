@@ -123,6 +123,7 @@ def test_every_option_reaches_the_run(home, tmp_path, monkeypatch):
         "folder": tmp_path / "run",
         "fuse": False,
         "dtype": "torch.float64",
+        "compat": None,
         "shard": "cells",
         "window": 3,
         "noise": 1.0,
