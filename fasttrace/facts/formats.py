@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fasttrace.errors import StoreError
+from fasttrace.errors import StoreError, first_line
 from fasttrace.facts.columns import NESTED, is_read, normal
 
 __all__ = ["Row", "Rows", "check_columns", "read_rows", "rows_of_json", "rows_of_table"]
@@ -185,8 +185,7 @@ def _parquet_file(path: Path) -> Rows:
         table = pq.ParquetFile(path).read(columns=[name for name in names if is_read(name)])
         values = table.to_pylist()
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise StoreError(f"{path} is no parquet file that can be read ({reason}): write it again") from error
+        raise StoreError(f"{path} is no parquet file that can be read ({first_line(error)}): write it again") from error
     return Rows(str(path), "row", _numbered(values))
 
 
