@@ -37,6 +37,10 @@ def case(name, dtype=torch.float32):
     return anatomy, job, reference.run(anatomy, job, lambda: None, rows=len(cells) * 2)
 
 
+def noise_of(anatomy, job):
+    return sigma_of("s3", anatomy.embedding, [job.token_ids.tolist()], anatomy.device)
+
+
 def error_of(engine, name, dtype=torch.float32):
     """Largest difference from plain forward passes, over the spread of their grids."""
     anatomy, job, expected = case(name, dtype)
@@ -64,7 +68,7 @@ def test_in_float64_the_best_engine_agrees_to_rounding(name):
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3n_text", "mpt", "mamba", "opt-post-norm"])
 def test_plain_passes_of_many_rows_are_those_of_one_row(name):
     anatomy, job, expected = case(name)
-    few = Job(job.token_ids, job.corruption, job.cells[::9], job.target)
+    few = Job(job.token_ids, job.runs, job.cells[::9], job.target)
     one_by_one = reference.run(anatomy, few, lambda: None)
     np.testing.assert_allclose(one_by_one.cells, expected.cells[::9], rtol=1e-4)
     np.testing.assert_allclose(one_by_one.corrupted, expected.corrupted, rtol=1e-4)
@@ -102,8 +106,8 @@ def test_rows_that_take_their_neighbors_state_are_noticed_in_a_recurrent_model(m
 def test_as_many_rows_as_heads_do_not_confuse_biases_with_rows(name):
     """With 3 noise samples there are 4 base rows, and the tiny models have 4 heads."""
     anatomy, job, _ = case(name)
-    corruption = draw((2, 4), anatomy.d_model, sigma=job.corruption.sigma, samples=3, seed=1)
-    job = Job(job.token_ids, corruption, job.cells, None)
+    runs = draw((2, 4), anatomy.d_model, sigma=noise_of(anatomy, job), samples=3, seed=1)
+    job = Job(job.token_ids, runs, job.cells, None)
     expected = reference.run(anatomy, job, lambda: None, rows=1000)
     for engine in ("fork", "rows"):
         scores = ENGINES[engine](anatomy, job, lambda: None)
@@ -115,8 +119,8 @@ def test_as_many_rows_as_heads_do_not_confuse_biases_with_rows(name):
 def test_prompts_as_long_as_there_are_heads_or_of_one_token_are_traced(name, n_positions):
     anatomy, job, _ = case(name)
     cells = tuple(cell for s in anatomy.streams for cell in grid_cells(s, 3, anatomy.n_layers, n_positions))
-    corruption = draw((0, 1), anatomy.d_model, sigma=job.corruption.sigma, samples=2, seed=1)
-    job = Job(job.token_ids[:n_positions], corruption, cells, None)
+    runs = draw((0, 1), anatomy.d_model, sigma=noise_of(anatomy, job), samples=2, seed=1)
+    job = Job(job.token_ids[:n_positions], runs, cells, None)
     expected = reference.run(anatomy, job, lambda: None, rows=1000)
     for engine in (best_engine(name), "rows"):
         scores = ENGINES[engine](anatomy, job, lambda: None)

@@ -55,7 +55,7 @@ def test_prompts_share_a_pass_in_every_family_of_the_wavefront(name):
     """Windows, soft caps, learnt and rotary positions, shared keys, latent attention, experts."""
     anatomy = anatomy_of(tiny_model(name))
     jobs = [
-        Job(job.token_ids % 60 + 1, job.corruption, grids_of(anatomy, len(job.token_ids)), None)
+        Job(job.token_ids % 60 + 1, job.runs, grids_of(anatomy, len(job.token_ids)), None)
         for job in (make_job(*shape, d_model=anatomy.d_model) for shape in SHAPES)
     ]
     for scores, job in zip(wavefront.run_jobs(anatomy, jobs, lambda: None), jobs, strict=True):
