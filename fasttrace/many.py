@@ -210,7 +210,7 @@ class Study:
             result = self.sweep.result(each.prompt, scores, cost)
         except NumericsError as error:
             return self._not_finite(each, error)
-        return Record(each.fact, result, correct=self._is_correct(each, int(scores.clean.argmax())))
+        return Record(each.fact, result, correct=self._is_correct(each, int(scores.base_of("top1")[0])))
 
     def _not_finite(self, each: Encoded, error: NumericsError) -> Record:
         if self.strict:
