@@ -35,9 +35,6 @@ ALLOWED = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 SAMPLE = 64
 """Rows that are compared with float64."""
 
-PEERS = ("varlen",)
-"""Backends to compare with: that one of them does not run on a machine is told and is no failure."""
-
 
 @dataclass(frozen=True)
 class Heads:
@@ -73,9 +70,6 @@ TOKENS = 4046
 
 WIDTHS = ((576, 1536, 9, 3, 64), (4096, 14336, 32, 8, 128))
 """(d_model, MLP, heads, kv heads, d_head) of SmolLM2 and Llama 3 8B."""
-
-READOUTS = ((1001, 1600, 50257), (10010, 1600, 50257), (890, 576, 49152), (1152, 4096, 128256))
-"""(rows, d_model, vocabulary): GPT-2 XL with one noise sample and with ten, SmolLM2, Llama 3 8B."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +123,6 @@ def tasks(dtype: torch.dtype, device: str, quick: bool) -> Iterator[Task]:
         yield norm(tokens, d_model, make, backends)
         yield gated(tokens, mlp, make, backends)
         yield rotation(tokens, Heads(n_heads, n_kv, d_head), make, backends)
-    for rows, d_model, vocabulary in ((9, 64, 1001),) if quick else READOUTS:
-        yield readout(rows, d_model, vocabulary, make, backends)
     yield growth(tokens, 64 if quick else 1600, make)
 
 
@@ -143,7 +135,6 @@ def attention(pack: Attention, make: Callable[..., Tensor], backends: Sequence[B
     """Attention over the largest pack of a trace, in one call."""
     from fasttrace_kernels import reference
     from fasttrace_kernels.suffix_attention import suffix_attention, tile_tokens
-    from fasttrace_kernels.varlen import VarlenLayout, varlen_attention
 
     from fasttrace.fusing.attention import layout_of
 
@@ -163,8 +154,6 @@ def attention(pack: Attention, make: Callable[..., Tensor], backends: Sequence[B
     truth = reference.suffix_attention(q, k, v, few)
     asked = truth.isfinite()
     runs = {name: partial(suffix_attention, q, k, v, layout, backend=name) for name in backends}
-    if q.is_cuda and q.dtype != torch.float32:
-        runs["varlen"] = partial(varlen_attention, q, k, v, VarlenLayout.build(layout))
     return Task(
         "suffix_attention",
         f"{pack.name}: {block.n_tokens} tokens, {heads.query} to {heads.kv} heads of {heads.d_head}",
@@ -214,18 +203,6 @@ def rotation(tokens: int, heads: Heads, make: Callable[..., Tensor], backends: S
 
 def _rotated_queries(rotary: Callable, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backend: Backend) -> Tensor:
     return rotary(q, k, cos, sin, backend=backend)[0]
-
-
-def readout(rows: int, d_model: int, vocabulary: int, make: Callable[..., Tensor], backends: Sequence[Backend]) -> Task:
-    """Log-probabilities of one target."""
-    from fasttrace_kernels import reference
-    from fasttrace_kernels.target_logprob import target_logprob
-
-    hidden, weight = make(rows, d_model), make(vocabulary, d_model) * 0.03
-    runs = {name: partial(target_logprob, hidden, weight, 17, backend=name) for name in backends}
-    truth = reference.target_logprob(hidden[:SAMPLE], weight, 17)
-    size, moved = f"{rows} rows, {d_model} x {vocabulary}", hidden.nbytes + weight.nbytes
-    return _tokenwise("target_logprob", size, runs, truth, moved, 2 * rows * weight.numel())
 
 
 def growth(tokens: int, d_model: int, make: Callable[..., Tensor]) -> Task:
@@ -300,18 +277,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def is_failure(problem: str) -> bool:
-    """Whether a line of `time_task` says more than that a backend of PEERS does not run.
-
-    >>> is_failure("rms_norm triton float16 (9 x 9) does not run: OutOfResources")
-    True
-    >>> is_failure("suffix_attention varlen float16 (tiny) does not run: ValueError")
-    False
-    """
-    _, backend, *_ = problem.split()
-    return backend not in PEERS or " does not run" not in problem
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Check, measure, print; the last line is JSON.
 
@@ -339,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     report["problems"].append(found)
             write(report, options.out or path_of(report))
     print(json.dumps(report))
-    sys.exit(any(map(is_failure, report["problems"])))
+    sys.exit(bool(report["problems"]))
 
 
 if __name__ == "__main__":

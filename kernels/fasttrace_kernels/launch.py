@@ -22,8 +22,8 @@ FLOAT_DTYPES = (*TRITON_DTYPES, torch.float64)
 Backend = Literal["auto", "triton", "torch"]
 
 
-def takes_triton(backend: str, tensor: Tensor, worthwhile: bool = True) -> bool:
-    """Whether the Triton kernel computes: asked for, or "auto", a CUDA tensor of a dtype it takes, and worthwhile.
+def takes_triton(backend: str, tensor: Tensor) -> bool:
+    """Whether the Triton kernel computes: asked for, or "auto" and a CUDA tensor of a dtype it takes.
 
     Raises:
         ValueError: no such backend, or Triton is asked for a dtype that it does not take.
@@ -32,7 +32,7 @@ def takes_triton(backend: str, tensor: Tensor, worthwhile: bool = True) -> bool:
         raise ValueError(f"backend {backend!r}: pass 'auto', 'triton' or 'torch'")
     if backend == "triton" and tensor.dtype not in TRITON_DTYPES:
         raise ValueError(f"the Triton kernel takes {_named(TRITON_DTYPES)}, not {_named([tensor.dtype])}")
-    fits = tensor.is_cuda and tensor.dtype in TRITON_DTYPES and worthwhile
+    fits = tensor.is_cuda and tensor.dtype in TRITON_DTYPES
     return backend == "triton" or (backend == "auto" and fits)
 
 

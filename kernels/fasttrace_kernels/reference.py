@@ -50,24 +50,6 @@ def suffix_attention(
     return out
 
 
-def target_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor | int,
-    *,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    scale: float = 1.0,
-) -> Tensor:
-    """Log-softmax of the whole logits, in float64; arguments as in `target_logprob.target_logprob`."""
-    logits = hidden.double() @ weight.double().T
-    logits = scale * (logits if bias is None else logits + bias.double())
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    columns = torch.full((len(hidden), 1), target) if isinstance(target, int) else target
-    return logits.log_softmax(-1).gather(1, columns.to(logits.device))
-
-
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, offset: float = 0.0) -> Tensor:
     """The norm in float64, without the rounding between normalization and weight."""
     x = x.double()

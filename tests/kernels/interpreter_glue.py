@@ -1,4 +1,4 @@
-"""The token-wise kernels and the readout, statement by statement on the CPU; needs `TRITON_INTERPRET=1`.
+"""The token-wise kernels, statement by statement on the CPU; needs `TRITON_INTERPRET=1`.
 
 Inputs lie in memory that is otherwise NaN, and so do outputs before they are written: what is read or written beside
 them shows. Sizes are such that no case has many more than 30 programs, which take milliseconds each.
@@ -11,11 +11,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 from fasttrace_kernels import reference
-from fasttrace_kernels import target_logprob as head_module
 from fasttrace_kernels.rms_norm import rms_norm
 from fasttrace_kernels.rotary import rotary
 from fasttrace_kernels.swiglu import swiglu
-from fasttrace_kernels.target_logprob import Tile, target_logprob, target_readout
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
@@ -193,92 +191,6 @@ class TestRotary:
         assert [x.shape for x in by_triton(rotary, empty, empty[:, :2], angles, angles)] == [(1, 4, 0, 8), (1, 2, 0, 8)]
 
 
-def first_of_readout(*args, **options) -> torch.Tensor:
-    return target_readout(*args, **options).logprob
-
-
-HEADS = [{}, {"bias": random(300, seed=9)}, {"softcap": 5.0}, {"scale": 0.25}]
-HEADS.append({"bias": random(300, dtype=torch.float16, seed=9), "softcap": 3.0, "scale": -2.0})
-
-
-class TestTargetLogprob:
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("options", HEADS)
-    def test_is_the_log_softmax_of_unrounded_logits(self, dtype, options):
-        hidden, weight = random(9, 63, dtype=dtype), random(300, 63, dtype=dtype, seed=1, scale=0.3)
-        target = torch.arange(27).view(9, 3) * 11
-        found = by_triton(target_logprob, hidden, weight, target, **options)
-        truth = reference.target_logprob(hidden, weight, target, **options)
-        torch.testing.assert_close(found.double(), truth, atol=1e-5, rtol=1e-6)
-
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("full", [False, True])
-    @pytest.mark.parametrize(("rows", "vocabulary", "d"), [(27, 123, 144), (19, 300, 576), (1, 1, 1), (2, 255, 1100)])
-    def test_default_tiles_cover_all_shapes(self, dtype, full, rows, vocabulary, d):
-        hidden, weight = random(rows, d, dtype=dtype), random(vocabulary, d, dtype=dtype, seed=1, scale=0.1)
-        target = torch.arange(rows).view(rows, 1) % vocabulary
-        truth = reference.target_logprob(hidden, weight, target)
-        found = by_triton(first_of_readout if full else target_logprob, hidden, weight, target)
-        torch.testing.assert_close(found.double(), truth, atol=1e-5, rtol=1e-6)
-
-    @pytest.mark.parametrize("group", [1, 2, 16])
-    def test_every_tile_is_computed_once_whatever_the_order(self, monkeypatch, group):
-        monkeypatch.setattr(head_module, "GROUP", group)
-        monkeypatch.setattr(head_module, "TILES", {(4, full): Tile(16, 32, 16, 4, 2) for full in (False, True)})
-        hidden, weight = random(39, 48), random(123, 48, seed=1, scale=0.3)
-        found = by_triton(target_logprob, hidden, weight, 122)
-        truth = reference.target_logprob(hidden, weight, 122)
-        torch.testing.assert_close(found.double(), truth, atol=1e-5, rtol=1e-6)
-
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("options", HEADS)
-    def test_readout_has_rank_and_top_token(self, dtype, options):
-        hidden, weight = random(13, 63, dtype=dtype), random(300, 63, dtype=dtype, seed=1, scale=0.3)
-        target = torch.arange(26).view(13, 2) * 11
-        for found, expected in zip(
-            by_triton(target_readout, hidden, weight, target, **options),
-            target_readout(hidden, weight, target, **options),
-            strict=True,
-        ):
-            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-6)
-
-    def test_is_never_above_zero_and_ranks_its_own_column_never(self):
-        weight = torch.cat((random(1, 63, scale=3), random(122, 63, seed=1, scale=1e-3)))
-        hidden = weight[:1] * torch.linspace(1, 2, 25)[:, None]  # logits of about 1000, which float32 knows to 1e-4
-        readout = by_triton(target_readout, hidden, weight, 0)
-        assert (readout.logprob <= 0).all()
-        assert (readout.logprob > -1e-3).all()
-        assert not readout.rank.any()
-
-    def test_rows_and_ids_may_lie_apart(self):
-        hidden, weight, target = (
-            random(5, 3, 63)[:, -1],
-            random(123, 2, 63, seed=1)[:, 0],
-            torch.arange(30).view(3, 10).T[:5],
-        )
-        found = by_triton(target_logprob, hidden, weight, target)
-        torch.testing.assert_close(
-            found.double(), reference.target_logprob(hidden, weight, target), atol=1e-5, rtol=1e-6
-        )
-
-    @pytest.mark.parametrize(("rows", "targets"), [(0, 2), (3, 0), (0, 0)])
-    def test_of_nothing_is_nothing(self, rows, targets):
-        ids = torch.zeros(rows, targets, dtype=torch.long)
-        assert by_triton(target_logprob, torch.ones(rows, 5), torch.ones(9, 5), ids).shape == (rows, targets)
-
-    def test_states_that_are_not_finite_give_nan(self):
-        hidden = random(3, 5)
-        hidden[1, 2] = math.nan
-        found = by_triton(target_logprob, hidden, random(9, 5, seed=1), 1)
-        assert found.isnan()[:, 0].tolist() == [False, True, False]
-
-    def test_ids_outside_the_vocabulary_give_nan(self, monkeypatch):
-        target = torch.tensor([[-1], [0], [9], [1 << 40]])
-        monkeypatch.setattr(head_module, "_checked", lambda *_: target)  # ids on a GPU are not looked at
-        found = by_triton(target_logprob, random(4, 5), random(9, 5, seed=1), target)
-        assert found.isnan()[:, 0].tolist() == [True, False, True, True]
-
-
 class TestOffsetsBeyond32Bits:
     """Rows that lie 2^30 numbers apart, from the third one on beyond what 32 bits can count."""
 
@@ -302,10 +214,3 @@ class TestOffsetsBeyond32Bits:
         near, q = random(5, 16).half(), random(1, 2, 5, 16, seed=1).half()
         angles = far_apart(near)[None]
         assert all(map(torch.equal, by_triton(rotary, q, q, angles, angles), rotary(q, q, near[None], near[None])))
-
-    def test_of_states_and_head(self):
-        near = random(5, 63).half()
-        x, target = far_apart(near), torch.arange(5)[:, None]
-        expected = by_triton(target_readout, near, near, target)
-        for hidden, weight in ((x, near), (near, x)):
-            assert all(map(torch.equal, by_triton(target_readout, hidden, weight, target), expected))

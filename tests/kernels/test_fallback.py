@@ -10,7 +10,6 @@ from fasttrace_kernels import suffix_attention as module
 from fasttrace_kernels import suffix_attention_cpu
 from fasttrace_kernels.layout import AttentionLayout
 from fasttrace_kernels.suffix_attention import suffix_attention, tile_tokens
-from fasttrace_kernels.varlen import VarlenLayout, gathered, varlen_attention
 
 from tests.kernels.packs import (
     DTYPES,
@@ -18,7 +17,6 @@ from tests.kernels.packs import (
     assert_attends,
     layout_of,
     poisoned,
-    random_rows,
     random_sinks,
     random_tensors,
 )
@@ -308,71 +306,5 @@ def test_tiles_of_the_advised_size_fill_one_program(group, dtype):
 
 
 def test_importing_the_kernels_imports_no_compiler():
-    code = (
-        "import sys, fasttrace_kernels.suffix_attention, fasttrace_kernels.varlen;"
-        "sys.exit('triton' in sys.modules or 'numba' in sys.modules)"
-    )
+    code = "import sys, fasttrace_kernels.suffix_attention;sys.exit('triton' in sys.modules or 'numba' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
-
-
-@pytest.mark.parametrize("order", ["base", "first", "random"])
-def test_rows_gathered_for_varlen_attn_are_the_rows_of_the_pack(order):
-    q, k, v, layout = case(9, HEADS[0], order=order)
-    sequences = VarlenLayout.build(layout)
-    keys, values = gathered(k, sequences), gathered(v, sequences)
-    assert sequences.query_ends.dtype == sequences.key_ends.dtype == torch.int32
-    assert sequences.most_keys == 9
-    assert sequences.most_queries == 9
-    out = poisoned(q, v)
-    bounds = zip(*(ends.unfold(0, 2, 1).tolist() for ends in (sequences.query_ends, sequences.key_ends)), strict=True)
-    for queries, own in bounds:
-        row, seen = slice(*queries), slice(*own)
-        n_queries, n_keys = row.stop - row.start, seen.stop - seen.start
-        aligned_to_the_last_key = torch.ones(n_queries, n_keys, dtype=torch.bool).tril(n_keys - n_queries)
-        states = (x.transpose(0, 1)[None] for x in (q[row], keys[seen], values[seen]))
-        attend = torch.nn.functional.scaled_dot_product_attention
-        out[row] = attend(*states, attn_mask=aligned_to_the_last_key, enable_gqa=True)[0].transpose(0, 1)
-    assert_attends(out, q, k, v, layout)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({}, RuntimeError, "CUDA tensors"),
-        ({"softcap": 1.0}, ValueError, "neither soft caps nor sinks"),
-        ({"sinks": torch.zeros(4)}, ValueError, "neither soft caps nor sinks"),
-        ({"q": torch.zeros(8, 4, 16)}, ValueError, "float16 or bfloat16"),
-        ({"v": torch.zeros(8, 2, 8).half()}, ValueError, "heads do not fit"),
-        ({"q": torch.zeros(7, 4, 16).half()}, ValueError, "8 tokens"),
-        ({"window": 0}, ValueError, "window >= 1"),
-    ],
-)
-def test_varlen_attention_says_what_it_cannot_compute(change, error, message):
-    layout = VarlenLayout.build(AttentionLayout.build(*random_rows(5, 1, 0)[:1], [8], [0], [0]))
-    k = torch.zeros(8, 2, 16).half()
-    given = {"q": torch.zeros(8, 4, 16).half(), "k": k, "v": k, "layout": layout}
-    with pytest.raises(error, match=message):
-        varlen_attention(**given | change)
-
-
-@pytest.mark.parametrize("knows_groups", [True, False])
-@pytest.mark.parametrize("window", [None, 3])
-def test_varlen_attn_of_either_torch_is_called_with_what_it_takes(knows_groups, window, monkeypatch):
-    from fasttrace_kernels import varlen
-
-    q, k, v, layout = case(5, HEADS[0], torch.bfloat16)
-    sequences, calls = VarlenLayout.build(layout), []
-
-    def attend(*args, **kwargs):
-        calls.append((args, kwargs))
-        return args[0]
-
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    names = frozenset({"enable_gqa"} if knows_groups else ())
-    monkeypatch.setattr(varlen, "_varlen_attn", lambda: (attend, names))
-    varlen_attention(q, k, v, sequences, window=window, scale=0.5)
-    [(args, kwargs)] = calls
-    assert args[1].shape[1] == (2 if knows_groups else 14)
-    assert kwargs == {"scale": 0.5, "window_size": (-1 if window is None else 2, 0)} | (
-        {"enable_gqa": True} if knows_groups else {}
-    )

@@ -4,14 +4,11 @@ import sys
 import pytest
 import torch
 from fasttrace_kernels import reference
-from fasttrace_kernels import target_logprob as head_module
 from fasttrace_kernels.rms_norm import MAX_COLUMNS, rms_norm
 from fasttrace_kernels.rotary import rotary
 from fasttrace_kernels.swiglu import swiglu
-from fasttrace_kernels.target_logprob import prefers_triton, target_logprob, target_readout
 from transformers.activations import ACT2FN
-from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
-from transformers.models.gemma2.modeling_gemma2 import Gemma2ForCausalLM, Gemma2RMSNorm
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nRMSNorm
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb as apply_partial_rotary
 from transformers.models.llama.configuration_llama import LlamaConfig
@@ -227,136 +224,10 @@ class TestRotary:
             rotary(**arguments)
 
 
-HEADS = [{}, {"bias": random(300, seed=9)}, {"softcap": 5.0}, {"scale": 0.25}]
-HEADS.append({"bias": random(300, dtype=torch.bfloat16, seed=9), "softcap": 3.0, "scale": -2.0})
-
-
-class TestTargetLogprob:
-    @pytest.fixture(params=["whole", "in small pieces"])
-    def _chunks(self, request, monkeypatch):
-        if request.param != "whole":
-            monkeypatch.setattr(head_module, "CHUNK_BYTES", 4 * 300 * 4)
-            monkeypatch.setattr(head_module, "UPCAST_BYTES", 4 * 63 * 7)
-
-    @pytest.mark.usefixtures("_chunks")
-    @pytest.mark.parametrize("dtype", ALL_DTYPES)
-    @pytest.mark.parametrize("options", HEADS)
-    def test_is_the_log_softmax_of_unrounded_logits(self, dtype, options):
-        hidden, weight = random(21, 63, dtype=dtype), random(300, 63, dtype=dtype, seed=1, scale=0.3)
-        target = torch.arange(42).view(21, 2) * 7
-        found = target_logprob(hidden, weight, target, **options)
-        assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        atol = 1e-13 if dtype == torch.float64 else 1e-5
-        torch.testing.assert_close(
-            found.double(), reference.target_logprob(hidden, weight, target, **options), atol=atol, rtol=1e-6
-        )
-
-    @pytest.mark.parametrize("dtype", DTYPES)
-    def test_one_id_serves_all_rows(self, dtype):
-        hidden, weight = random(5, 63, dtype=dtype), random(123, 63, dtype=dtype, seed=1)
-        assert torch.equal(target_logprob(hidden, weight, 7), target_logprob(hidden, weight, torch.full((5, 1), 7)))
-
-    def test_is_what_a_model_says(self):
-        config = Gemma2Config(
-            vocab_size=99, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, head_dim=8, final_logit_softcapping=5.0,
-        )  # fmt: skip
-        torch.manual_seed(0)
-        model = Gemma2ForCausalLM(config).eval()
-        with torch.no_grad():
-            model.lm_head.weight.mul_(20)
-            ids = torch.arange(7)[None]
-            hidden, logits = model.model(ids).last_hidden_state[0], model(ids).logits[0]
-        found = target_logprob(hidden, model.lm_head.weight, torch.arange(7)[:, None], softcap=5.0)
-        torch.testing.assert_close(found[:, 0], logits.log_softmax(-1)[range(7), range(7)])
-
-    @pytest.mark.parametrize("dtype", ALL_DTYPES)
-    def test_is_never_above_zero(self, dtype):
-        weight = torch.cat((random(1, 63, scale=3), random(122, 63, seed=1, scale=1e-3))).to(dtype)
-        found = target_logprob(weight[:1].repeat(50, 1), weight, 0)
-        assert (found <= 0).all()
-        assert (found > -1e-6).all()
-
-    def test_rows_may_lie_apart(self):
-        hidden, weight = random(5, 3, 63)[:, -1], random(123, 2, 63, seed=1)[:, 0]
-        target = torch.arange(30).view(3, 10).T[:5]
-        expected = target_logprob(hidden.clone(), weight.clone(), target.clone())
-        torch.testing.assert_close(target_logprob(hidden, weight, target), expected)
-
-    @pytest.mark.usefixtures("_chunks")
-    @pytest.mark.parametrize("options", HEADS)
-    def test_readout_has_rank_and_top_token(self, options):
-        hidden, weight = random(21, 63), random(300, 63, seed=1, scale=0.3)
-        target = torch.arange(42).view(21, 2) * 7
-        readout = target_readout(hidden, weight, target, **options)
-        everything = reference.target_logprob(hidden, weight, torch.arange(300).expand(21, 300), **options)
-        of_target = everything.gather(1, target)
-        torch.testing.assert_close(readout.logprob.double(), of_target, atol=1e-5, rtol=0)
-        assert torch.equal(readout.rank, (everything > of_target[:, :1]).sum(-1, dtype=torch.int32))
-        assert torch.equal(readout.top_id, everything.argmax(-1))
-        torch.testing.assert_close(readout.top_logprob.double(), everything.amax(-1), atol=1e-5, rtol=0)
-
-    def test_a_target_on_top_has_rank_zero(self):
-        weight = random(123, 63)
-        readout = target_readout(weight, weight * 3, torch.arange(123)[:, None])
-        assert not readout.rank.any()
-        assert torch.equal(readout.top_id, torch.arange(123))
-        assert torch.equal(readout.top_logprob, readout.logprob[:, 0])
-
-    @pytest.mark.parametrize(("rows", "targets"), [(0, 2), (3, 0), (0, 0)])
-    def test_of_nothing_is_nothing(self, rows, targets):
-        ids = torch.zeros(rows, targets, dtype=torch.long)
-        assert target_logprob(torch.ones(rows, 5), torch.ones(9, 5), ids).shape == (rows, targets)
-
-    def test_no_rows_read_out_as_no_rows(self):
-        readout = target_readout(torch.ones(0, 5), torch.ones(9, 5), 1)
-        assert [x.shape[0] for x in readout] == [0, 0, 0, 0]
-
-    def test_states_that_are_not_finite_give_nan(self):
-        hidden = torch.ones(3, 5)
-        hidden[1, 2] = torch.nan
-        assert target_logprob(hidden, random(9, 5), 1).isnan()[:, 0].tolist() == [False, True, False]
-
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ({"hidden": torch.ones(3, 5).int()}, "hidden is int32"),
-            ({"weight": torch.ones(9, 5).half()}, "weight is float16, expected float32"),
-            ({"weight": torch.ones(9, 4)}, r"hidden \(3, 5\) and weight \(9, 4\): expected"),
-            ({"hidden": torch.ones(1, 3, 5)}, r"hidden \(1, 3, 5\)"),
-            ({"hidden": torch.ones(3, 0), "weight": torch.ones(9, 0)}, "neither of them 0"),
-            ({"hidden": torch.ones(5, 3).T}, "last axis of hidden has stride 3"),
-            ({"weight": torch.ones(5, 9).T}, "last axis of weight has stride 9"),
-            ({"target": 9}, "target 9 is not in the vocabulary of 9 tokens"),
-            ({"target": -1}, "target -1 is not in the vocabulary"),
-            ({"target": torch.tensor([[0], [9], [1]])}, "a target is not in the vocabulary of 9 tokens"),
-            ({"target": torch.zeros(3, dtype=torch.long)}, r"target has shape \(3,\)"),
-            ({"target": torch.zeros(2, 1, dtype=torch.long)}, r"target has shape \(2, 1\), expected \(3, 1\)"),
-            ({"target": torch.zeros(3, 1)}, "target is float32, expected int64"),
-            ({"bias": torch.ones(5)}, r"bias has shape \(5,\), expected \(9,\)"),
-            ({"bias": torch.ones(9, device="meta")}, "bias is on meta and hidden on cpu"),
-            ({"softcap": 0.0}, "soft cap of 0.0: expected a positive one"),
-            ({"backend": "chunks"}, "backend 'chunks'"),
-        ],
-    )
-    def test_says_what_does_not_fit(self, changes, message):
-        with pytest.raises(ValueError, match=message):
-            target_logprob(**({"hidden": torch.ones(3, 5), "weight": torch.ones(9, 5), "target": 1} | changes))
-
-    def test_a_rank_needs_a_target(self):
-        with pytest.raises(ValueError, match="at least one target"):
-            target_readout(torch.ones(3, 5), torch.ones(9, 5), torch.zeros(3, 0, dtype=torch.long))
-
-    def test_the_kernel_is_for_narrow_models_in_half_precision(self):
-        assert [prefers_triton(d, torch.bfloat16) for d in (576, 1280, 1600, 4096)] == [True, True, False, False]
-        assert not prefers_triton(576, torch.float32)
-
-
 CALLS = {
     "rms_norm": lambda x, **options: rms_norm(x, None, 1e-6, **options),
     "swiglu": lambda x, **options: swiglu(x, x, **options),
     "rotary": lambda x, **options: rotary(x[None, None], x[None, None], x[None], x[None], **options),
-    "target_logprob": lambda x, **options: target_logprob(x, x, 0, **options),
 }
 
 
@@ -368,7 +239,7 @@ def test_a_kernel_that_is_asked_for_runs_or_raises(name):
         CALLS[name](torch.ones(4, 4).double(), backend="triton")
 
 
-@pytest.mark.parametrize("name", [name for name in CALLS if name != "target_logprob"])
+@pytest.mark.parametrize("name", CALLS)
 def test_a_kernel_refuses_to_lose_a_gradient(name):
     with pytest.raises(ValueError, match="no backward"):
         CALLS[name](torch.ones(4, 4, requires_grad=True), backend="triton")

@@ -8,7 +8,6 @@ import torch
 from fasttrace_kernels import suffix_attention as module
 from fasttrace_kernels.layout import AttentionLayout
 from fasttrace_kernels.suffix_attention import suffix_attention, tile_tokens
-from fasttrace_kernels.varlen import VarlenLayout, varlen_attention
 
 from tests.kernels.packs import (
     DTYPES,
@@ -80,17 +79,6 @@ def test_long_prompts_of_every_head_size_equal_the_reference(d_head):
 def test_any_order_and_any_tile_equal_the_reference(order, block):
     heads = Heads(14, 2, 64)
     check(*case(12, 100, heads, torch.bfloat16, order, block), heads, **ALL)
-
-
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("n_positions", [7, 40, 700])
-@pytest.mark.parametrize("heads", [Heads(14, 2, 64), Heads(4, 4, 80), Heads(8, 2, 128)], ids=str)
-def test_varlen_attn_computes_the_same(heads, n_positions, window):
-    q, k, v, layout = case(n_positions, 50, heads, torch.bfloat16)
-    out = varlen_attention(q, k, v, VarlenLayout.build(layout), window=window)
-    assert_attends(out, q, k, v, layout, window=window)
-    ours = check(q, k, v, layout, heads, window=window)
-    torch.testing.assert_close(ours, out, atol=3e-2, rtol=3e-2)
 
 
 def test_the_torch_path_computes_the_same_on_a_gpu():

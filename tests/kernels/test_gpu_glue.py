@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from fasttrace_kernels import reference
 from fasttrace_kernels.rms_norm import rms_norm
 from fasttrace_kernels.rotary import rotary
 from fasttrace_kernels.swiglu import swiglu
-from fasttrace_kernels.target_logprob import target_logprob, target_readout
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,32 +53,3 @@ def test_rotation_is_torchs_bit_for_bit(dtype, heads, key_heads, dim, rotated):
     cos, sin = (random(1, 1023, rotated, dtype=dtype, seed=seed) for seed in (1, 2))
     expected = rotary(q, k, cos, sin, backend="torch")
     assert all(map(torch.equal, rotary(q, k, cos, sin), expected))
-
-
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{}, {"softcap": 30.0, "scale": 0.5}], ids=["plain", "capped"])
-@pytest.mark.parametrize(
-    ("rows", "vocabulary", "d"), [(1000, 50257, 576), (63, 123, 255), (2049, 32000, 1024), (1, 256000, 64)]
-)
-def test_readout_is_that_of_unrounded_logits(dtype, options, rows, vocabulary, d, backend, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    hidden, weight = random(rows, d, dtype=dtype), random(vocabulary, d, dtype=dtype, seed=1, scale=0.1)
-    target = (torch.arange(rows, device="cuda")[:, None] * 37) % vocabulary
-    readout = target_readout(hidden, weight, target, **options, backend=backend)
-    sample = slice(None, None, max(1, rows // 50))
-    truth = reference.target_logprob(hidden[sample], weight, target[sample], **options)
-    torch.testing.assert_close(readout.logprob[sample].double(), truth, atol=1e-4, rtol=1e-6)
-    torch.testing.assert_close(
-        readout.logprob, target_logprob(hidden, weight, target, **options, backend=backend), atol=1e-5, rtol=1e-6
-    )
-    top = reference.target_logprob(hidden[sample], weight, readout.top_id[sample, None], **options)
-    torch.testing.assert_close(readout.top_logprob[sample, None].double(), top, atol=1e-4, rtol=1e-6)
-    assert (readout.rank[readout.top_id == target[:, 0]] == 0).all()
-
-
-def test_ids_outside_the_vocabulary_give_nan():
-    hidden, weight = random(2, 64, dtype=torch.float16), random(99, 64, dtype=torch.float16, seed=1)
-    target = torch.tensor([[99, -1], [0, 1 << 40]], device="cuda")
-    for backend in ("triton", "torch"):
-        assert target_logprob(hidden, weight, target, backend=backend).isnan().tolist() == [[True, True], [False, True]]
