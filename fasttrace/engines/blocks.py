@@ -129,7 +129,7 @@ class LastBlock:
         first = answers.targets[:, 0].tolist()
         return [
             scores_of_plan(
-                part.reshape(-1, *plan.last_tokens.shape),
+                part.reshape(len(part), *plan.last_tokens.shape),
                 plan.cell_row,
                 of_runs,
                 of_tokens,
