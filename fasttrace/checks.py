@@ -160,7 +160,7 @@ def text(name: str, value: Any, *, error: Errors = PlanError, empty: bool = Fals
         raise error(f"{name} is {shown(value)}: expected text")
     found = str.__str__(value)
     if not empty and not found.strip():
-        raise error(f"{name} is {shown(found)}, which is empty: expected text")
+        raise error(f"{name} is empty: expected text")
     try:
         found.encode()
     except UnicodeEncodeError:

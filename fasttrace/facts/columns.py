@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from fasttrace.checks import shown
 from fasttrace.errors import PromptError
 
 __all__ = [
@@ -21,7 +22,6 @@ __all__ = [
     "is_read",
     "named",
     "normal",
-    "short",
     "told_of_answers",
 ]
 
@@ -140,7 +140,7 @@ def answer_of(name: str, value: Any) -> tuple[Any, str]:
     if isinstance(value, Mapping) and "str" in value:
         return value["str"], ""
     if isinstance(value, str) and _is_list_as_text(value):
-        raise PromptError(f"{name} is {short(value)}, a list written as text: write one answer there")
+        raise PromptError(f"{name} is {shown(value)}, a list written as text: write one answer there")
     if not isinstance(value, list | tuple | np.ndarray):
         return value, ""
     answers = [answer for answer in value if not is_null(answer)]
@@ -150,7 +150,7 @@ def answer_of(name: str, value: Any) -> tuple[Any, str]:
         return value, ""
     first, note = answer_of(name, answers[0])
     if len(answers) > 1:
-        note = f"{name} has {len(answers)} answers, of which the first is taken: {short(first)}"
+        note = f"{name} has {len(answers)} answers, of which the first is taken: {shown(first)}"
     return first, note
 
 
@@ -166,12 +166,6 @@ def _is_list_as_text(text: str) -> bool:
 def is_null(value: Any) -> bool:
     """Whether a cell is empty: None, NaN, and pandas' kinds of nothing."""
     return bool(pd.api.types.is_scalar(value) and pd.isna(value))
-
-
-def short(value: Any) -> str:
-    """A value for a message."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def first_of(values: Mapping[str, tuple[str, Any]], names: Iterable[str]) -> tuple[str, Any]:

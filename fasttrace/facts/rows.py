@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fasttrace.checks import shown, text
 from fasttrace.errors import PromptError
 from fasttrace.facts.columns import (
     COLUMNS,
@@ -16,7 +17,6 @@ from fasttrace.facts.columns import (
     first_of,
     is_null,
     named,
-    short,
     told_of_answers,
 )
 from fasttrace.prompts.subjects import places_of, what_is_there
@@ -99,7 +99,7 @@ def checked(fact: Fact) -> Fact:
     for name in ("id", "prompt", "subject", "target", "foil", "relation"):
         value = getattr(fact, name)
         if value is not None or name in ("id", "prompt", "subject"):
-            _checked_text(name, value)
+            text(name, value, error=PromptError)
     return _placed(fact)
 
 
@@ -107,14 +107,14 @@ def _flat(values: Any) -> tuple[Mapping[Any, Any], bool]:
     """A row's columns, CounterFact's included, and whether it has these."""
     if not isinstance(values, Mapping):
         raise PromptError(
-            f'it is {_kind(values)}, {short(values)}: a fact must be a mapping with "prompt" and "subject"'
+            f'it is {_kind(values)}, {shown(values)}: a fact must be a mapping with "prompt" and "subject"'
         )
     rewrite = values.get(NESTED)
     if is_null(rewrite):
         return values, False
     if not isinstance(rewrite, Mapping):
         raise PromptError(
-            f'{NESTED} is {_kind(rewrite)}, {short(rewrite)}: expected a mapping with "prompt" and "subject"'
+            f'{NESTED} is {_kind(rewrite)}, {shown(rewrite)}: expected a mapping with "prompt" and "subject"'
         )
     return {name: value for name, value in values.items() if name != NESTED} | dict(rewrite), True
 
@@ -143,7 +143,7 @@ def _prompt_of(
 def _filled(template: str, subject: str) -> tuple[str, int, tuple[str, ...]]:
     count = template.count("{}")
     if count != 1:
-        raise PromptError(f"prompt {short(template)} has {count} places {{}} for the subject: expected 1")
+        raise PromptError(f"prompt {shown(template)} has {count} places {{}} for the subject: expected 1")
     start = template.index("{}") + len(subject) - len(subject.lstrip())
     return template.replace("{}", subject), start, ()
 
@@ -154,13 +154,13 @@ def _start_of(by_name: Named) -> int | None:
         return None
     number = str(value.item() if isinstance(value, np.generic) else value).removesuffix(".0")
     if isinstance(value, bool) or not (number.isascii() and number.isdecimal()):
-        raise PromptError(f"{name} is {short(value)}: expected the number of a character of the prompt, from 0")
+        raise PromptError(f"{name} is {shown(value)}: expected the number of a character of the prompt, from 0")
     return int(number)
 
 
 def _text_of(by_name: Named, field: str) -> str | None:
     name, value = first_of(by_name, COLUMNS[field])
-    return None if value is None else _checked_text(name, value)
+    return None if value is None else text(name, value, error=PromptError)
 
 
 def _answer(by_name: Named, field: str) -> tuple[str | None, tuple[str, ...]]:
@@ -171,19 +171,7 @@ def _answer(by_name: Named, field: str) -> tuple[str | None, tuple[str, ...]]:
         return None, ()
     if isinstance(value, int | float | np.number) and not isinstance(value, bool):
         raise PromptError(f"{name} is {value}: expected text; write a number in quotes")
-    return _checked_text(name, value), (note,) if note else ()
-
-
-def _checked_text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise PromptError(f"{name} is {short(value)}: expected text")
-    if not value.strip():
-        raise PromptError(f"{name} is empty: expected text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise PromptError(f"{name} is {short(value)}, with half of a character that cannot be stored") from None
-    return str(value)  # a plain one, also of numpy's
+    return text(name, value, error=PromptError), (note,) if note else ()
 
 
 def _missing(name: str, values: Mapping[Any, Any]) -> PromptError:
@@ -226,4 +214,4 @@ def _id_of(by_name: Named, number: int) -> str:
         return str(int(value))
     if isinstance(value, int | np.integer) and not isinstance(value, bool):
         return str(value)
-    return _checked_text(name, value)
+    return text(name, value, error=PromptError)

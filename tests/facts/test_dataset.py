@@ -453,7 +453,7 @@ def test_tables_are_held_to_the_columns_of_facts():
         ({"target": 1889}, "target is 1889: expected text; write a number in quotes"),
         ({"target": 1999.0}, "target is 1999.0: expected text; write a number in quotes"),
         ({"target": True}, "target is True: expected text"),
-        ({"target": ["Rome"] * 50}, r"target is \['Rome', .*\.\.\.: expected text"),
+        ({"target": ["Rome"] * 50}, r"target is \['Rome', .*\.\.\.\]: expected text"),
         ({"foil": ""}, "foil is empty"),
         ({"foil": 2}, "foil is 2"),
         ({"relation": 103}, "relation is 103"),
