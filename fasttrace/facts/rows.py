@@ -1,4 +1,4 @@
-"""From a row to a fact, or the reason why it is none."""
+"""From a row to a fact, or to the reason why the row cannot be used."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -39,8 +39,8 @@ class Fact:
         relation: what kind of fact it is, such as ROME's "P103".
         subject_start: the character of the prompt at which the subject begins, where its source says so, as a
             template's {} does; None: the subject is searched for.
-        notes: what was taken otherwise than written, a sentence each; they are not compared, and not stored with the
-            fact but with its result.
+        notes: what was changed from what is written, a sentence each; not compared, and stored with the result, not
+            with the fact.
     """
 
     id: str
@@ -58,13 +58,13 @@ def fact_of(row: Any, number: int) -> tuple[Fact, list[str]]:
 
     Args:
         row: its columns.
-        number: of the row, from 0, which names a fact without id.
+        number: the row's number, from 0; it is the id of a fact without one.
 
     Returns:
-        The fact, and what the user should be told about all rows of this kind.
+        The fact, and what to tell the user once about all rows of this kind.
 
     Raises:
-        PromptError: the row is no fact; the message is the reason.
+        PromptError: the row cannot be used; the message is the reason.
     """
     values, is_nested = _flat(row)
     by_name = named(values)
@@ -91,10 +91,10 @@ def fact_of(row: Any, number: int) -> tuple[Fact, list[str]]:
 
 
 def checked(fact: Fact) -> Fact:
-    """A fact that was made elsewhere, held to the rules for rows.
+    """A fact that was made elsewhere, checked by the rules for rows.
 
     Raises:
-        PromptError: it breaks one.
+        PromptError: it breaks a rule.
     """
     for name in ("id", "prompt", "subject", "target", "foil", "relation"):
         value = getattr(fact, name)
@@ -104,7 +104,7 @@ def checked(fact: Fact) -> Fact:
 
 
 def _flat(values: Any) -> tuple[Mapping[Any, Any], bool]:
-    """A row's columns, CounterFact's included, and whether it has these."""
+    """A row's columns, those inside of CounterFact's column included, and whether it has that column."""
     if not isinstance(values, Mapping):
         raise PromptError(
             f'it is {_kind(values)}, {shown(values)}: a fact must be a mapping with "prompt" and "subject"'

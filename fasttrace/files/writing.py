@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and parquet tables that carry JSON."""
+"""Files that are written whole or not at all, and parquet tables that carry JSON."""
 
 import json
 import os
@@ -269,7 +269,7 @@ def _read_table(path: Path) -> pa.Table:
         return table
     except (*NONSENSE, OSError, MemoryError) as error:
         raise StoreError(
-            f"cannot read {path} ({why(error)}): it is no parquet file, or one cut short or damaged; "
+            f"cannot read {path} ({why(error)}): it is not a parquet file, or is cut short or damaged; "
             "trace again, or take it from a copy"
         ) from error
 
@@ -292,7 +292,7 @@ def _read_payload(table: pa.Table, path: Path) -> dict[str, Any]:
 
 
 def as_utf8(text: Any) -> Any:
-    """Gives a text, or a list of them, as Arrow can hold it: lone surrogates become "?"; other values stay."""
+    """A text, or a list of texts, as Arrow can hold it: lone surrogates become "?"; other values stay."""
     if isinstance(text, list):
         return [as_utf8(item) for item in text]
     # Arrow strings are UTF-8, which has no lone surrogates; the JSON in `details` keeps them.
