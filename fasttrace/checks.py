@@ -165,15 +165,15 @@ def text(name: str, value: Any, *, error: Errors = PlanError, empty: bool = Fals
     return found
 
 
-def one_of(name: str, value: Any, known: Sequence[str], *, error: Errors = PlanError) -> str:
+def one_of(name: str, value: Any, names: Sequence[str], *, error: Errors = PlanError) -> str:
     """One of some names.
 
     Raises:
         FasttraceError: it is not among them.
     """
     found = _plain(value)
-    if not isinstance(found, str) or str.__str__(found) not in known:
-        raise error(f"unknown {name} {shown(value)}: give one of {', '.join(known)}")
+    if not isinstance(found, str) or str.__str__(found) not in names:
+        raise error(f"unknown {name} {shown(value)}: give one of {', '.join(names)}")
     return str.__str__(found)
 
 

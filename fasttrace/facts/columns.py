@@ -16,11 +16,11 @@ __all__ = [
     "COLUMNS",
     "NESTED",
     "answer_of",
+    "by_normal_name",
     "columns_like_answers",
-    "first_of",
+    "first_given",
     "is_null",
     "is_read",
-    "named",
     "normal",
     "told_of_answers",
 ]
@@ -74,7 +74,7 @@ def is_read(column: Any) -> bool:
     return name in _READ or name == normal(NESTED) or _is_like_answers(name)
 
 
-def named(values: Mapping[Any, Any]) -> dict[str, tuple[str, Any]]:
+def by_normal_name(values: Mapping[Any, Any]) -> dict[str, tuple[str, Any]]:
     """The columns of a row that are read, by their normal names, each with its name as written and its value.
 
     Raises:
@@ -168,7 +168,7 @@ def is_null(value: Any) -> bool:
     return bool(pd.api.types.is_scalar(value) and pd.isna(value))
 
 
-def first_of(values: Mapping[str, tuple[str, Any]], names: Iterable[str]) -> tuple[str, Any]:
+def first_given(values: Mapping[str, tuple[str, Any]], names: Iterable[str]) -> tuple[str, Any]:
     """Name and value of the first of some columns that is not null; "" and None if all are."""
     given = (values[normal(name)] for name in names if normal(name) in values)
     return next(((name, value) for name, value in given if not is_null(value)), ("", None))

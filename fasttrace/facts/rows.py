@@ -13,10 +13,10 @@ from fasttrace.facts.columns import (
     COLUMNS,
     NESTED,
     answer_of,
+    by_normal_name,
     columns_like_answers,
-    first_of,
+    first_given,
     is_null,
-    named,
     told_of_answers,
 )
 from fasttrace.prompts.subjects import places_of, what_is_there
@@ -67,7 +67,7 @@ def fact_of(row: Any, number: int) -> tuple[Fact, list[str]]:
         PromptError: the row cannot be used; the message is the reason.
     """
     values, is_nested = _flat(row)
-    by_name = named(values)
+    by_name = by_normal_name(values)
     prompt, template = (_text_of(by_name, field) for field in ("prompt", "template"))
     if prompt is None and template is None:
         raise _missing("prompt", values)
@@ -149,7 +149,7 @@ def _filled(template: str, subject: str) -> tuple[str, int, tuple[str, ...]]:
 
 
 def _start_of(by_name: Named) -> int | None:
-    name, value = first_of(by_name, COLUMNS["subject_start"])
+    name, value = first_given(by_name, COLUMNS["subject_start"])
     if value is None:
         return None
     number = str(value.item() if isinstance(value, np.generic) else value).removesuffix(".0")
@@ -159,13 +159,13 @@ def _start_of(by_name: Named) -> int | None:
 
 
 def _text_of(by_name: Named, field: str) -> str | None:
-    name, value = first_of(by_name, COLUMNS[field])
+    name, value = first_given(by_name, COLUMNS[field])
     return None if value is None else text(name, value, error=PromptError)
 
 
 def _answer(by_name: Named, field: str) -> tuple[str | None, tuple[str, ...]]:
     """An answer, and what the user should be told about it."""
-    name, value = first_of(by_name, COLUMNS[field])
+    name, value = first_given(by_name, COLUMNS[field])
     value, note = answer_of(name, value)
     if is_null(value):
         return None, ()
@@ -205,7 +205,7 @@ def _placed(fact: Fact) -> Fact:
 
 def _id_of(by_name: Named, number: int) -> str:
     """A fact's id as text; frames make whole numbers to floats where one is missing."""
-    name, value = first_of(by_name, COLUMNS["id"])
+    name, value = first_given(by_name, COLUMNS["id"])
     if value is None:
         return str(number)
     if isinstance(value, float | np.floating):

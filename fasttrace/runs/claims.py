@@ -20,7 +20,7 @@ from fasttrace.runs.leases import BADGE, LEASE_SECONDS, Badge, Worker, workers_i
 if TYPE_CHECKING:
     from fasttrace.runs.processes import Ranks
 
-__all__ = ["CLAIMS", "Claims", "claims", "named"]
+__all__ = ["CLAIMS", "Claims", "claims", "workers_are"]
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ def _tell_of_others(made: Claims) -> None:
     """Says which other starts are at work in the store's folder, and removes what dead ones left."""
     folder = made.folder.parent
     if others := workers_in(made.folder, made.ours):
-        logger.warning("%s at work in %s, too: the work is shared", named(others), folder)
+        logger.warning("%s at work in %s, too: the work is shared", workers_are(others), folder)
     for other in set(paths_in(folder, f"{CLAIMS}*")) - {made.folder}:
         with suppress(OSError):
             age = (clock_of(folder) or 0) - other.stat().st_mtime
@@ -171,14 +171,14 @@ def _tell_of_others(made: Claims) -> None:
                 logger.warning(
                     "%s at work in %s, too, with other facts or another budget or engine: what both are asked for is "
                     "computed twice",
-                    named(others),
+                    workers_are(others),
                     folder,
                 )
             elif badges or age > LEASE_SECONDS:
                 shutil.rmtree(other, ignore_errors=True)
 
 
-def named(workers: Collection[Worker]) -> str:
+def workers_are(workers: Collection[Worker]) -> str:
     """The beginning of a sentence about processes: "process 7 on HOST is", "process 7 on HOST and 2 more are"."""
     first, *more = sorted(map(str, workers))
     return f"{first} and {len(more)} more are" if more else f"{first} is"
