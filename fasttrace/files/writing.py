@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +24,7 @@ __all__ = [
     "atomic_write",
     "clock_of",
     "paths_in",
+    "plain_json",
     "read_parquet",
     "remove_stale",
     "set_aside",
@@ -289,6 +291,28 @@ def _read_payload(table: pa.Table, path: Path) -> dict[str, Any]:
             f"{path} has format version {version}, this fasttrace reads up to {FORMAT_VERSION}: upgrade fasttrace"
         )
     return payload
+
+
+def plain_json(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Turns values into what JSON gives back: tuples into lists, numbers of numpy into plain ones.
+
+    Args:
+        values: by name.
+        name: what they are, for the message.
+
+    Raises:
+        StoreError: a value that JSON cannot hold.
+    """
+
+    def number(value: Any) -> Any:
+        if isinstance(value, np.generic):
+            return value.item()
+        raise TypeError(f"found {value!r}")
+
+    try:
+        return json.loads(json.dumps(dict(values), default=number))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise StoreError(f"the {name} is to be stored as JSON ({error}): give texts, numbers or lists") from error
 
 
 def as_utf8(text: Any) -> Any:
