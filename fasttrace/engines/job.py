@@ -28,12 +28,14 @@ class Job:
         runs: its corrupted runs; there may be none.
         cells: what to restore, one score each.
         target: token id to score; None: the clean run's top token.
+        hidden_is_all: see `Shape`; where it is known to be so, cells that take whole states cost nothing.
     """
 
     token_ids: Tensor
     runs: Runs
     cells: tuple[Cell, ...]
     target: int | None
+    hidden_is_all: bool = False
 
     @property
     def samples(self) -> int:
@@ -49,7 +51,7 @@ class Job:
         n_positions, span = len(self.token_ids), self.runs.span
         if self.runs.neutral is not None:
             span = span[0], n_positions
-        return Shape(n_layers, n_positions, span, len(self.runs))
+        return Shape(n_layers, n_positions, span, len(self.runs), hidden_is_all=self.hidden_is_all)
 
     def plan(self, n_layers: int, layout: Layout) -> Plan:
         """The compiled cells, from the cache after the first call."""

@@ -113,6 +113,7 @@ def scores_of_rows(rows: np.ndarray, cell_row: np.ndarray, base: np.ndarray, tar
     """
     clean = np.full((len(rows), 1), base[0, target], dtype=np.float64)
     corrupted = base[1:, target, None].astype(np.float64)
+    corrupted = corrupted if len(corrupted) else np.full_like(clean, np.nan)  # no cell is in a run that there is not
     table = np.concatenate((rows.astype(np.float64), clean, corrupted), axis=1)
     return Scores(target, table[:, cell_row].T, base[0], base[1:])
 
