@@ -170,10 +170,10 @@ FAILURES = [
 def failing(kernel, monkeypatch):
     """The kernel fails from its n-th call on."""
     from fasttrace.fusing import attention as kernel_attention
-    from fasttrace.fusing import measure as kernel_choice
+    from fasttrace.fusing import measure
 
     right, calls = kernel_attention.suffix_attention, []
-    kernel_choice._warn.cache_clear()
+    measure._warn.cache_clear()
 
     def make(error, after=0):
         def attention(*args, **options):

@@ -15,7 +15,7 @@ from fasttrace.planning.on_device import tables_of
 from fasttrace.planning.packs import pack_of, peak_tokens
 from fasttrace.planning.plan import plan_cells
 from tests.conftest import N_LAYERS, all_grids, make_job, tiny_anatomy
-from tests.engines.test_families import OWN_ATTENTION, RECURRENT
+from tests.helpers.families import OWN_ATTENTION, RECURRENT
 from tests.helpers.zoo import LISTED, tiny_model
 
 SHAPES = ((7, (1, 4), 2), (5, (0, 2), 1), (7, (1, 4), 2), (7, (3, 6), 1), (1, (0, 1), 1), (9, (2, 3), 3))
