@@ -55,7 +55,7 @@ def put(tokens: Tensor, axis: int, writes: Writes | None, of: Tensor | None = No
             "site of this model"
         )
     view = tokens.movedim(axis, 0)
-    view[to if of is None else picked(of, 0, to)] = values.view(len(values), *[1] * (view.dim() - 2), -1)
+    view[to if of is None else picked(of, 0, to)] = values.view(len(values), *[1] * (view.dim() - 2), values.shape[-1])
     return tokens
 
 

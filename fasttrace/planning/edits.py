@@ -25,6 +25,9 @@ CLEAN_CELL = -2
 FROM_CLEAN, FROM_CORRUPTED, FROM_VECTOR = range(3)
 """Codes of sources; the vectors of a table follow each other from FROM_VECTOR on."""
 
+_STAGE = {name: site.stage for name, site in SITE.items()}
+_IS_NEXT_INPUT = {name: site.is_next_input for name, site in SITE.items()}
+
 ACTIVATION = 3
 """Stage of vectors for an MLP's activation: the MLP is computed, and its down projection reads the vector. What base
 runs have there is restored as the MLP's output, which is the same."""
@@ -91,8 +94,9 @@ class EditTable:
 
     def where(self, keep: np.ndarray | slice) -> "EditTable":
         """The edits that a mask, an index or a slice picks."""
-        columns = {name: getattr(self, name)[keep] for name in ("cell", "block", "stage", "position", "source")}
-        return replace(self, **columns)
+        cell, block, stage, position, source = self.cell, self.block, self.stage, self.position, self.source
+        background, vectors = self.background, self.vectors
+        return EditTable(cell[keep], block[keep], stage[keep], position[keep], source[keep], background, vectors)
 
     def of_cells(self, cells: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """(cell, numbers of its edits in order) of some cells, those without edits left out."""
@@ -149,8 +153,8 @@ def _columns(shape: Shape, cells: Sequence[Cell]) -> EditTable:
             raise PlanError(f"{bad} is outside the sweep: it has {what}s 0..{count - 1}")
     codes, vectors = _source_codes(sources)
     source = np.array([codes[source] for source in sources], dtype=np.int64)
-    block = layer + np.array([SITE[site].is_next_input for site in sites], dtype=np.int64)
-    stage = np.array([SITE[site].stage for site in sites], dtype=np.int64)
+    stage, is_next = (np.array([of[site] for site in sites], dtype=np.int64) for of in (_STAGE, _IS_NEXT_INPUT))
+    block = layer + is_next
     if vectors:
         stage[(source >= FROM_VECTOR) & np.array([site == "mlp_activation" for site in sites])] = ACTIVATION
     background = _backgrounds(cells)
@@ -173,6 +177,8 @@ def _source_codes(sources: Sequence[str | Vector]) -> tuple[dict[str | Vector, i
 
 
 def _backgrounds(cells: Sequence[Cell]) -> np.ndarray:
+    if set(map(type, cells)) == {tuple}:
+        return np.full(len(cells), CORRUPTED_CELL)
     codes = {CLEAN: CLEAN_CELL, CORRUPTED: CORRUPTED_CELL}
     named = [background_of(cell) for cell in cells]
     if unknown := set(named) - set(codes):

@@ -260,14 +260,19 @@ def _placed(
     rest: np.ndarray,
 ) -> _Rows:
     """Gives every row and sample its place, sorted by (first position, stop, tile size, sample, base row)."""
-    sample, number = np.divmod(np.arange(shape.copies * len(first)), max(1, len(first)))
     tile_rows = _tile_rows(shape, base, first, stop)
-    order = np.lexsort((number, base[number], sample, -tile_rows[number], -stop[number], first[number]))
-    sample, number = sample[order], number[order]
+    order = np.lexsort((base, -tile_rows, -stop, first))
+    # Rows of one shape are together, sample after sample.
+    begins = np.flatnonzero(_changes(first[order]) | _changes(stop[order]) | _changes(tile_rows[order]))
+    n_rows = np.diff(np.append(begins, len(order)))
+    start_of, n_of = np.repeat(begins, n_rows), np.repeat(n_rows, n_rows)
+    place = np.empty((shape.copies, len(first)), dtype=np.int64)
+    in_shape = np.arange(len(order)) - start_of
+    place[:, order] = shape.copies * start_of + in_shape + np.arange(shape.copies)[:, None] * n_of
+    number, sample = np.empty((2, place.size), dtype=np.int64)
+    number[place], sample[place] = np.arange(len(first)), np.arange(shape.copies)[:, None]
     lengths = (stop - first)[number]
     ends = shape.n_base * shape.n_positions + np.cumsum(lengths)
-    place = np.empty((shape.copies, len(first)), dtype=np.int64)
-    place[sample, number] = np.arange(len(number))
     n_tokens = int(ends[-1]) if len(ends) else shape.n_base * shape.n_positions
     tile_rows = tile_rows[number]
     return _Rows(of_cell, parent, base, first, stop, rest, number, sample, ends - lengths, place, tile_rows, n_tokens)
@@ -387,10 +392,10 @@ def _readout(
     read_of[reads] = np.arange(len(reads))
     at = np.arange(len(number)).reshape(shape.copies, -1) * len(reads)
     writes = []
-    for of_vectors, some in _by_kind_of_source(edits):
+    for of_vectors, _, some in _by_source_and_stage(edits):
         once = _once(shape, of_cell, len(parent), some)
         to = at[:, of_cell[some.cell[once]]] + read_of[some.position[once]]
-        to, taken_from = _with_sources(shape, some.where(once), to)
+        to, taken_from = to.reshape(-1), _sources(shape, some.source[once], some.position[once], of_vectors)
         if of_vectors:
             writes.append(Write("block_output", to, taken_from, True))
         else:
@@ -409,25 +414,26 @@ def _block(
 ) -> BlockPlan:
     source, origin = _growth(shape, parents, rows)
     carried, writes = None, []
-    for stage, site in _SITE_OF_STAGE.items():
-        for of_vectors, some in _by_kind_of_source(edits.where(edits.stage == stage)):
-            to, taken_from = _edit_tokens(shape, rows, some)
-            if stage == RESIDUAL and not of_vectors:
-                carried = source.copy()
-                source[to] = source[taken_from]
-            else:
-                writes.append(Write(site, to, taken_from, of_vectors))
+    for of_vectors, stage, some in _by_source_and_stage(edits):
+        to, taken_from = _edit_tokens(shape, rows, some, of_vectors)
+        if stage == RESIDUAL and not of_vectors:
+            carried = source.copy()
+            source[to] = source[taken_from]
+        else:
+            writes.append(Write(_SITE_OF_STAGE[stage], to, taken_from, of_vectors))
     keep, spread = (None, None) if layout == "full" else _skipped_mlp(rows.n_tokens, writes, unread)
     unchanged = number > 0 and len(source) == parents.n_tokens and np.array_equal(source, np.arange(len(source)))
     return BlockPlan(None if unchanged else source, carried, origin, _groups(shape, rows), tuple(writes), keep, spread)
 
 
-def _by_kind_of_source(edits: EditTable) -> Iterator[tuple[bool, EditTable]]:
-    """Edits from base runs, then those from vectors; what there is none of is left out."""
+def _by_source_and_stage(edits: EditTable) -> Iterator[tuple[bool, int, EditTable]]:
+    """Edits from base runs, stage by stage, then those from vectors; what there is none of is left out."""
     of_vectors = edits.source >= FROM_VECTOR
-    for kind, some in ((False, ~of_vectors), (True, of_vectors)):
-        if some.any():
-            yield kind, edits.where(some)
+    for kind in (False, True) if edits.vectors else (False,):
+        for stage in _SITE_OF_STAGE:
+            some = (edits.stage == stage) & (of_vectors == kind)
+            if some.any():
+                yield kind, stage, edits.where(some)
 
 
 def _growth(shape: Shape, parents: _Rows, rows: _Rows) -> tuple[np.ndarray, np.ndarray]:
@@ -500,11 +506,12 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(shift, lengths) + np.arange(lengths.sum())
 
 
-def _edit_tokens(shape: Shape, rows: _Rows, edits: EditTable) -> tuple[np.ndarray, np.ndarray]:
+def _edit_tokens(shape: Shape, rows: _Rows, edits: EditTable, of_vectors: bool) -> tuple[np.ndarray, np.ndarray]:
     """The tokens that edits write to, each once, and the base tokens or vectors they are taken from."""
-    edits = edits.where(_once(shape, rows.of_cell, len(rows.first), edits))
-    row = rows.of_cell[edits.cell]
-    return _with_sources(shape, edits, rows.start[rows.place[:, row]] + edits.position - rows.first[row])
+    once = _once(shape, rows.of_cell, len(rows.first), edits)
+    row, position = rows.of_cell[edits.cell[once]], edits.position[once]
+    to = rows.start[rows.place[:, row]] + position - rows.first[row]
+    return to.reshape(-1), _sources(shape, edits.source[once], position, of_vectors)
 
 
 def _once(shape: Shape, of_cell: np.ndarray, n_rows: int, edits: EditTable) -> np.ndarray:
@@ -515,12 +522,12 @@ def _once(shape: Shape, of_cell: np.ndarray, n_rows: int, edits: EditTable) -> n
     return edit_at[edit_at != _NOTHING]
 
 
-def _with_sources(shape: Shape, edits: EditTable, to: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [sample, edit] to write, and the base tokens or vectors they are taken from, flat."""
+def _sources(shape: Shape, source: np.ndarray, position: np.ndarray, of_vectors: bool) -> np.ndarray:
+    """[sample * edit] the base tokens or vectors that edits take."""
+    if of_vectors:
+        return np.tile(source - FROM_VECTOR, shape.copies)
     sample = np.arange(shape.copies)[:, None]
-    of_base = np.where(edits.source == FROM_CLEAN, 0, 1 + sample) * shape.n_positions + edits.position
-    taken_from = np.where(edits.source >= FROM_VECTOR, edits.source - FROM_VECTOR, of_base)
-    return to.reshape(-1), taken_from.reshape(-1)
+    return (np.where(source == FROM_CLEAN, 0, (1 + sample) * shape.n_positions) + position).reshape(-1)
 
 
 def _unread_tokens(shape: Shape, rows: _Rows, read_tokens: np.ndarray) -> np.ndarray:
