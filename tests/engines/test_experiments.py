@@ -228,7 +228,7 @@ def test_any_experiment_equals_the_reference(experiment):
 
 
 def test_prompts_with_and_without_vectors_share_a_pass(family):
-    from fasttrace.engines import PACKING
+    from fasttrace.engines.wavefront import run_jobs
 
     vector, wide = Vector(torch.ones(32)), own_value(family, "mlp_activation", 0, 3)
     plain = all_grids(STREAMS, 2, T)
@@ -241,5 +241,17 @@ def test_prompts_with_and_without_vectors_share_a_pass(family):
         job_of(family, Counterfactual([other_prompt(2)[:5]]), noising(all_grids(STREAMS, 2, 5)), prompt=PROMPT[:5]),
     ]
     for order in (jobs, jobs[::-1]):
-        for job, scores in zip(order, PACKING["wavefront"](tiny_anatomy(family), order, lambda: None), strict=True):
+        for job, scores in zip(order, run_jobs(tiny_anatomy(family), order, lambda: None), strict=True):
             np.testing.assert_allclose(scores.cells, run("reference", family, job).cells, rtol=1e-5)
+
+
+def test_ablations_run_in_several_passes_without_any_corrupted_run(family):
+    from fasttrace.engines.memory import Budget
+    from fasttrace.engines.passes import run_in_passes
+
+    cells = within(CLEAN, [[edit._replace(source=ZERO) for edit in cell] for cell in all_grids(STREAMS, 2, T)])
+    job = job_of(family, NoCorruption(), cells)
+    whole, _ = run_in_passes(ENGINES["wavefront"], tiny_anatomy(family), job, Budget(10**6))
+    parts, _ = run_in_passes(ENGINES["wavefront"], tiny_anatomy(family), job, Budget(150))
+    np.testing.assert_allclose(parts.cells, whole.cells, rtol=1e-5)
+    assert set(whole.with_top().top) == {"clean"}
