@@ -254,4 +254,4 @@ def test_ablations_run_in_several_passes_without_any_corrupted_run(family):
     whole, _ = run_in_passes(ENGINES["wavefront"], tiny_anatomy(family), job, Budget(10**6))
     parts, _ = run_in_passes(ENGINES["wavefront"], tiny_anatomy(family), job, Budget(150))
     np.testing.assert_allclose(parts.cells, whole.cells, rtol=1e-5)
-    assert set(whole.with_top().top) == {"clean"}
+    assert set(whole.top) == {"clean"}
