@@ -21,6 +21,7 @@ from fasttrace.fusing.choose import fused
 from fasttrace.fusing.cpu_linears import library_asked
 from fasttrace.models.anatomy import Anatomy, anatomy_of, module_paths
 from fasttrace.models.arguments import check_model, check_modules, checked_label, checked_name, explain_call
+from fasttrace.models.gguf import described
 from fasttrace.models.identity import identity_of, shown_name
 from fasttrace.models.loading import load
 from fasttrace.prompts.prompt import Prompt, encode, subjects_of
@@ -116,7 +117,8 @@ class Tracer:
         """Loads a model.
 
         Args:
-            name: Hugging Face id, local folder (of a PEFT adapter too), or "smollm2", the embedded model.
+            name: Hugging Face id, local folder (of a PEFT adapter too), GGUF file (a path, or owner/name/file.gguf of
+                the Hub), or an embedded model: "smollm2", "gemma3-270m".
             dtype: "auto" is float16 on a GPU and float32 on a CPU.
             device: "auto" is the first GPU if there is one.
             revision: of the Hugging Face repository.
@@ -390,6 +392,7 @@ class Tracer:
             "revision": self.revision,
             "noise": noise if isinstance(noise, str) else float(noise),
             "fuse": self.fuse,
+            **described(self.model.config, self.dtype),
             **({"trust_remote_code": True} if self.trust_remote_code else {}),
         }
         return Sweep(self._anatomy, self.tokenizer, windows, sigma, samples, seed, choice, about)
