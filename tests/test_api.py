@@ -11,13 +11,7 @@ import fasttrace
 from fasttrace import EngineError, ModelError, PlanError, PromptError
 from tests.conftest import tiny_model
 from tests.helpers.tokenizers import Slow, byte_level
-
-PROMPT = "The Space Needle is in downtown"
-
-
-def tracer_with_text(family="gpt2", bos=False):
-    tokenizer = byte_level(bos)
-    return fasttrace.Tracer(tiny_model(family, vocab_size=len(tokenizer)), tokenizer)
+from tests.helpers.tracers import PROMPT, tracer_with_text
 
 
 def trace(tracer=None, **options):

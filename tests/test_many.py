@@ -14,10 +14,9 @@ from fasttrace.engines import self_check as select
 from fasttrace.engines import wavefront
 from fasttrace.facts.dataset import Fact
 from fasttrace.many import study_of, trace_all
-from tests.conftest import tiny_model
+from tests.conftest import loads_in_blocks, tiny_model
 from tests.helpers.tokenizers import byte_level
-from tests.models.test_sizes import loads_in_blocks
-from tests.test_api import tracer_with_text
+from tests.helpers.tracers import tracer_with_text
 
 FACTS = [
     Fact("needle", "The Space Needle is in downtown", "The Space Needle", "Seattle"),

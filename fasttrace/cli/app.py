@@ -69,7 +69,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Causal tracing of language models: where in the network does a prompt's answer come from?",
+    help="Causal tracing of language models: which layer, at which token, carries a prompt's answer?",
 )
 
 
@@ -92,7 +92,9 @@ def _options(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder of the figure, the CSV files and the parquet.")] = Path("out/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the figure, the CSV files and the parquet file.")] = Path(
+        "out/demo"
+    ),
     dtype: Dtype = "auto",
     device: Device = "auto",
     engine: Engine = "auto",
@@ -114,13 +116,17 @@ def demo(
 @app.command()
 def trace(
     prompt: Annotated[str, typer.Argument(help="Text the model continues.")],
-    subject: Annotated[str | None, typer.Option(help="Part of the prompt whose embeddings are corrupted.")] = None,
-    span: Annotated[str | None, typer.Option(help="The same as a half-open token range, e.g. 0:4.")] = None,
+    subject: Annotated[str | None, typer.Option(help="The part of the prompt whose embeddings get noise.")] = None,
+    span: Annotated[
+        str | None, typer.Option(help="Subject as token positions BEGIN:END, END excluded, e.g. 0:4.")
+    ] = None,
     target: Annotated[
         str | None,
-        typer.Option(help="Next token to follow, with a space where two words meet; default: the clean run's first."),
+        typer.Option(
+            help='The answer whose probability is measured, e.g. " Paris" (default: the model\'s own top prediction).'
+        ),
     ] = None,
-    target_id: Annotated[int | None, typer.Option(help="The same as a token id.")] = None,
+    target_id: Annotated[int | None, typer.Option(help="The answer as a token id.")] = None,
     model: Model = embedded.MODEL_NAME,
     stream: Stream = None,
     window: Window = Settings.window,
@@ -133,9 +139,11 @@ def trace(
     device: Device = "auto",
     budget: TokenBudget = str(Settings.budget),
     first_target_token: Annotated[
-        bool, typer.Option("--first-target-token", help="Follow the first token of a longer target.")
+        bool, typer.Option("--first-target-token", help="Measure the first token of an answer that has several.")
     ] = False,
-    ids: Annotated[bool, typer.Option("--ids", help="PROMPT, and a numeric target, are token ids.")] = False,
+    ids: Annotated[
+        bool, typer.Option("--ids", help="PROMPT is a list of token ids, and so is a target of digits.")
+    ] = False,
     revision: Revision = None,
     fuse: Fuse = True,
     cpu_matmul: CpuMatmul = "auto",
@@ -144,10 +152,10 @@ def trace(
     offload_folder: OffloadFolder = None,
     trust_remote_code: TrustRemoteCode = False,
     out: Annotated[Path | None, typer.Option(help="Folder for figure, CSV files and parquet.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, nothing else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only the summary, as JSON.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Trace a prompt: one grid of restored probabilities per stream."""
+    """Trace one prompt: a grid of restored probabilities (layers x tokens) for each stream."""
     request = {
         "subject": _subject(subject, span),
         "target": _target(target, target_id, ids=ids),
@@ -179,12 +187,12 @@ def trace(
 
 @app.command()
 def plot(
-    folder: Annotated[Path, typer.Argument(help="Folder of a run, or its trace.parquet.")],
-    stream: Annotated[str | None, typer.Option(help="Draw this stream alone.")] = None,
-    out: Annotated[Path | None, typer.Option(help="A .png, .pdf or .svg; default: in the folder.")] = None,
+    folder: Annotated[Path, typer.Argument(help="Folder that a trace was written to, or its trace.parquet.")],
+    stream: Annotated[str | None, typer.Option(help="Draw only this stream.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A .png, .pdf or .svg file (default: in the folder).")] = None,
     dpi: Annotated[int, typer.Option(help="Dots per inch of a PNG.", min=1)] = 200,
 ) -> None:
-    """Draw the figure of a run again."""
+    """Draw the figure of a trace again."""
     from fasttrace.results.result import load
 
     data = folder / outputs.DATA_FILE if folder.is_dir() else folder
@@ -196,7 +204,7 @@ def plot(
 
 @app.command()
 def info(
-    model: Annotated[str | None, typer.Argument(help="Show the engine this model would get.")] = None,
+    model: Annotated[str | None, typer.Argument(help="A model, to show its parts and the engine it gets.")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     revision: Revision = None,
@@ -205,7 +213,7 @@ def info(
     offload_folder: OffloadFolder = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Show versions, devices and the dtype each gets; of a model its parts, its engine, and why that one."""
+    """Show versions and devices; for a model also its parts, its engine, and why that engine was chosen."""
     say(summary.table(environment.rows()))
     if model is not None:
         places = {"device": device, "device_map": device_map, "offload_folder": offload_folder}
@@ -222,11 +230,11 @@ def verify(
     engine: Engine = "auto",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
-    tolerance: Annotated[float, typer.Option(help="Relative error of p up to which the numbers agree.")] = 1e-3,
+    tolerance: Annotated[float, typer.Option(help="Largest relative error of a probability that still agrees.")] = 1e-3,
     out: Annotated[Path | None, typer.Option(help="Folder for figure, CSV files and parquet.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Run the tutorial's case and show its published numbers beside the ones found here."""
+    """Repeat the example of pyvene's Causal Tracing notebook and print its published probabilities beside yours."""
     case = tutorial.CASE
     request = {
         "subject": case.subject,
@@ -258,28 +266,34 @@ def _check(options: dict[str, Any]) -> None:
 
 
 def _subject(subject: str | None, span: str | None) -> str | tuple[int, int]:
-    if (subject is None) == (span is None):
-        raise PromptError("the subject is missing or given twice: give --subject TEXT or --span BEGIN:END, one of them")
+    if subject is None and span is None:
+        raise PromptError("the subject is missing: give --subject TEXT or --span BEGIN:END")
+    if subject is not None and span is not None:
+        raise PromptError("the subject is given twice: give --subject TEXT or --span BEGIN:END, not both")
     if subject is not None:
         return text("subject", subject, error=PromptError)
     match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", span or "")
     if match is None:
-        raise PromptError(f"--span is {span!r}, expected two token positions such as 0:4 (half open)")
+        raise PromptError(f"--span is {span!r}, expected two token positions such as 0:4 (END excluded)")
     begin, end = _whole("--span", match[1]), _whole("--span", match[2])
     if begin >= end:
-        raise PromptError(f"--span is {span!r} and holds no token: expected BEGIN below END, such as 0:4 (half open)")
+        raise PromptError(
+            f"--span is {span!r} and holds no token: expected BEGIN below END, such as 0:4 (END excluded)"
+        )
     return begin, end
 
 
 def _target(target: str | None, token_id: int | None, ids: bool) -> str | int | None:
     if target is not None and token_id is not None:
-        raise PromptError("the target is given twice: give --target TEXT or --target-id NUMBER, one of them")
+        raise PromptError("the target is given twice: give --target TEXT or --target-id NUMBER, not both")
     if token_id is not None:
         return whole_number("--target-id", token_id, 0, error=PromptError)
     if target is None:
         return None
     if not target:
-        raise PromptError("the target is empty; give the text of one token, or no --target for the clean run's first")
+        raise PromptError(
+            "the target is empty: give the text of one token, or leave out --target for the model's own top prediction"
+        )
     if ids and target.isdecimal():
         return _whole("--target", target)
     return text("target", target, error=PromptError, empty=True)

@@ -45,12 +45,15 @@ if TYPE_CHECKING:
     from fasttrace.runs.coverage import Coverage
     from fasttrace.runs.run import Outcome
 
-Folder = Annotated[str, typer.Argument(help="Folder of a run, or its address, such as s3://bucket/run.")]
+Folder = Annotated[
+    str, typer.Argument(help="Folder of a run, or its address in an object store, such as s3://bucket/run.")
+]
 Everything = Annotated[
-    bool, typer.Option("--everything", help="Show also facts in the folder that the run was not last asked for.")
+    bool,
+    typer.Option("--everything", help="Include facts in the folder that the last start of the run did not ask for."),
 ]
 AllowIncomplete = Annotated[
-    bool, typer.Option("--allow-incomplete", help="Exit with 0 although facts are missing; it is said all the same.")
+    bool, typer.Option("--allow-incomplete", help="Exit with 0 even if facts are missing (the message stays).")
 ]
 AVERAGES, NOTES = "averages.csv", "coverage.txt"
 AVERAGES_FILES = (AVERAGES, "averages_totals.csv", NOTES, "roles.png", "lines.png")
@@ -66,17 +69,21 @@ def add_to(app: typer.Typer) -> None:
 
 def run(
     facts: Annotated[
-        str, typer.Option(help="ROME's or CounterFact's JSON, a .csv, .jsonl or .parquet, or \"builtin\".")
+        str, typer.Option(help="ROME's or CounterFact's JSON file, a .csv, .jsonl or .parquet file, or \"builtin\".")
     ] = "builtin",
-    out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted run goes on there.")] = Path("out/run"),
+    out: Annotated[Path, typer.Option(help="Folder of the run. An interrupted run resumes in its folder.")] = Path(
+        "out/run"
+    ),
     model: Model = embedded.MODEL_NAME,
-    limit: Annotated[int | None, typer.Option(help="Read that many facts.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="Read only this many facts.", min=1)] = None,
     require_correct: Annotated[
-        bool, typer.Option("--require-correct", help="Skip facts that the model does not know.")
+        bool, typer.Option("--require-correct", help="Skip facts whose answer the model does not predict.")
     ] = False,
     compat: Annotated[
         str | None,
-        typer.Option(help="rome: known is what ROME's code takes for known, a token that is the whole answer."),
+        typer.Option(
+            help="rome: which facts are known is decided as in ROME's code: the top token is the whole answer."
+        ),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first malformed row or fact.")] = False,
     stream: Stream = None,
@@ -90,7 +97,7 @@ def run(
     device: Device = "auto",
     budget: TokenBudget = str(Settings.budget),
     shard: Annotated[
-        str, typer.Option(help="What processes share out: facts, or the cells of one prompt after the other.")
+        str, typer.Option(help="How work is divided among processes: by facts, or by the cells of each prompt.")
     ] = "facts",
     revision: Revision = None,
     fuse: Fuse = True,
@@ -101,7 +108,7 @@ def run(
     trust_remote_code: TrustRemoteCode = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
-    """Trace a set of facts into a folder; run it again to go on, under accelerate launch to use more devices."""
+    """Trace many facts into a folder. Resumes when repeated; start it under accelerate launch for several GPUs."""
     from fasttrace.cli.progress import FactsBar
     from fasttrace.facts.dataset import check_answers, read_facts
     from fasttrace.files.sets import check_writable
@@ -192,13 +199,15 @@ def _inside(folder: str, name: str) -> Path:
 
 def export(
     folder: Folder,
-    format: Annotated[str, typer.Option(help="rome-npz: ROME's case files; csv: a CSV per fact and stream.")] = "csv",
-    out: Annotated[Path | None, typer.Option(help="Where to; default: a folder in the run's.")] = None,
+    format: Annotated[
+        str, typer.Option(help="rome-npz: ROME's case files; csv: a CSV file per fact and stream.")
+    ] = "csv",
+    out: Annotated[Path | None, typer.Option(help="Folder to write to (default: a folder inside the run's).")] = None,
     spreadsheet_safe: Annotated[
         bool,
         typer.Option(
             "--spreadsheet-safe/--texts-as-they-are",
-            help="In the table of facts, begin texts that a spreadsheet would take for formulas with an apostrophe.",
+            help="In the table of facts, put an apostrophe before texts that a spreadsheet would run as formulas.",
         ),
     ] = True,
     everything: Everything = False,
@@ -220,12 +229,15 @@ def export(
 def average(
     folder: Folder,
     value: Annotated[
-        str | None, typer.Option(help="indirect_effect (default), prob or normalized_effect; with --compat rome prob.")
+        str | None,
+        typer.Option(
+            help="indirect_effect, prob or normalized_effect (default: indirect_effect, with --compat rome prob)."
+        ),
     ] = None,
     compat: Annotated[str | None, typer.Option(help="rome: roles and means as in ROME's notebook.")] = None,
-    bootstrap: Annotated[int, typer.Option(help="Draws of the bootstrap intervals.", min=1)] = 1000,
-    seed: Seed = 0,
-    out: Annotated[Path | None, typer.Option(help="Where to; default: averages in the run's folder.")] = None,
+    bootstrap: Annotated[int, typer.Option(help="Number of bootstrap draws for the intervals.", min=1)] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to (default: averages inside the run's).")] = None,
     everything: Everything = False,
     allow_incomplete: AllowIncomplete = False,
 ) -> None:
@@ -263,7 +275,7 @@ def _averages_drawn(averages: "Averages", where: Path) -> list[Path]:
 
 def report(
     folder: Folder,
-    out: Annotated[Path | None, typer.Option(help="The page; default: report.html in the run's folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write (default: report.html in the run's folder).")] = None,
     everything: Everything = False,
     allow_incomplete: AllowIncomplete = False,
 ) -> None:

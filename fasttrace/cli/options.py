@@ -15,40 +15,60 @@ from fasttrace.experiment.cells import SITES, STREAMS
 if TYPE_CHECKING:
     from fasttrace.api import Tracer
 
-Model = Annotated[str, typer.Option(help='Hugging Face id, local folder, GGUF file, or "smollm2", an embedded model.')]
+Model = Annotated[
+    str, typer.Option(help='A Hugging Face id, a local folder, a GGUF file, or an embedded model: "smollm2".')
+]
 Revision = Annotated[str | None, typer.Option(help="Revision of the Hugging Face repository.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0, ...")]
 Engine = Annotated[str, typer.Option(help="auto, wavefront, fork, rows or reference.")]
-Fuse = Annotated[bool, typer.Option("--fuse/--no-fuse", help="Fuse activations while a trace runs.")]
-CpuMatmul = Annotated[str, typer.Option(help="Library that multiplies on a CPU: auto (the faster), mkl or onednn.")]
+Fuse = Annotated[
+    bool, typer.Option("--fuse/--no-fuse", help="Use faster equivalents of parts of the model during a trace.")
+]
+CpuMatmul = Annotated[
+    str, typer.Option(help="Library for matrix products on a CPU: auto (the faster one), mkl or onednn.")
+]
 DeviceMap = Annotated[
     str | None,
-    typer.Option(help="auto: spread a model larger than the device over GPUs, main memory and disk."),
+    typer.Option(help="auto: spread a model that one device cannot hold over GPUs, main memory and disk."),
 ]
-OffloadFolder = Annotated[Path | None, typer.Option(help="Where --device-map keeps weights on disk.")]
+OffloadFolder = Annotated[Path | None, typer.Option(help="Folder where --device-map keeps weights on disk.")]
 Modules = Annotated[
     list[str] | None,
     typer.Option(
-        "--module", help="Where a part is, e.g. attention=self_attn (embedding, blocks, attention, mlp, down)."
+        "--module",
+        help="Path of a part of the model, e.g. attention=self_attn; repeatable. Parts: embedding, blocks, attention, "
+        "mlp, down.",
     ),
 ]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model; it can do whatever you can.")
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run the Python code that comes with the model. It can do whatever you can."
+    ),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another run's files in the folder.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the files of another run in the folder.")]
 Stream = Annotated[
     list[str] | None,
-    typer.Option(help=f"Repeatable, one of {', '.join(SITES)}; default: {', '.join(STREAMS)}."),
+    typer.Option(help=f"Stream to restore, repeatable: {', '.join(SITES)}. Default: {', '.join(STREAMS)}."),
 ]
-Window = Annotated[int, typer.Option(help="Blocks restored together (block streams: always 1).")]
-Noise = Annotated[str, typer.Option(help='Standard deviation, or "s3": 3 x that of the embeddings.')]
+Window = Annotated[
+    int,
+    typer.Option(help="Number of neighboring blocks restored together (always 1 for block_input and block_output)."),
+]
+Noise = Annotated[
+    str,
+    typer.Option(
+        help="Standard deviation of the noise, or s3: 3 x that of the subject's embeddings (in a run: all subjects')."
+    ),
+]
 NoiseSubjects = Annotated[
-    Path | None, typer.Option(help="Subjects to measure s3 on: one per line, or JSON with a key subject.")
+    Path | None,
+    typer.Option(help="File of subjects to measure s3 on: one per line, or a JSON list."),
 ]
-Samples = Annotated[int, typer.Option(help="Noise draws, averaged.")]
+Samples = Annotated[int, typer.Option(help="Number of noise draws to average over.")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
-TokenBudget = Annotated[str, typer.Option("--budget", help="Largest number of tokens in one pass, or auto.")]
+TokenBudget = Annotated[str, typer.Option("--budget", help="Largest number of tokens in one forward pass, or auto.")]
 
 
 def load_model(model: str, *, say: bool = True, **options: Any) -> "Tracer":

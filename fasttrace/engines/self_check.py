@@ -1,4 +1,4 @@
-"""Which engine a model gets: the first one that a self-check on this very model finds right.
+"""Which engine a model gets: the first one that a self-check on the model itself finds right.
 
 Packed tracing is silently wrong on a few families, and only a comparison with plain forward passes shows it. So
 the check is not optional: "auto" takes the first engine that passes, and one that is named has to pass too. It is made
@@ -289,9 +289,14 @@ def _moved_by_rounding(
     anatomy: Anatomy, job: Job, expected: Scores, rows: int | None, eps: float | None = None
 ) -> float:
     """How far plain passes move when the noise is rounded otherwise, to the model's dtype if not told."""
-    corruption, eps = job.corruption, eps or torch.finfo(anatomy.dtype).eps
-    otherwise = replace(corruption, noise=corruption.noise * (1 + eps))
-    return _distance(_plain_passes(anatomy, replace(job, corruption=otherwise), rows), expected)
+    eps = eps or torch.finfo(anatomy.dtype).eps
+    return _distance(_plain_passes(anatomy, _with_noise(job, 1 + eps), rows), expected)
+
+
+def _with_noise(job: Job, factor: float) -> Job:
+    """A job with its noise multiplied."""
+    assert job.runs.noise is not None, "the check's runs are noised"
+    return replace(job, runs=replace(job.runs, noise=factor * job.runs.noise))
 
 
 def _effect_of_batch(anatomy: Anatomy, job: Job) -> float:
@@ -299,8 +304,8 @@ def _effect_of_batch(anatomy: Anatomy, job: Job) -> float:
 
     Both batches have the same shape, hence the same products of matrices: this is not their rounding.
     """
-    noisy = replace(job, cells=(), corruption=job.corruption.part(slice(1)))
-    quiet = replace(noisy, corruption=replace(noisy.corruption, noise=0 * noisy.corruption.noise))
+    noisy = replace(job, cells=(), runs=job.runs.part(slice(1)))
+    quiet = _with_noise(noisy, 0)
     beside_noisy, beside_quiet = (_plain_passes(anatomy, each, rows=2).clean for each in (noisy, quiet))
     top = np.argsort(-beside_quiet)[:TOP_TOKENS]
     return float(np.abs(_log(beside_noisy[top]) - _log(beside_quiet[top])).max())
@@ -415,8 +420,8 @@ def _check_job(anatomy: Anatomy, n_positions: int = POSITIONS) -> Job:
     ids = (torch.arange(n_positions, device="cpu") * 1013 + 7) % anatomy.vocabulary
     span = (min(1, n_positions - 1), min(3, n_positions))
     sigma = sigma_of("s10", anatomy.embedding, [ids[slice(*span)].tolist()], anatomy.device)
-    corruption = draw(span, anatomy.d_model, sigma=sigma, samples=2, seed=0, neutral=anatomy.neutral_token)
-    return Job(ids, corruption, tuple(_check_cells(anatomy, n_positions, span)), target=None)
+    runs = draw(span, anatomy.d_model, sigma=sigma, samples=2, seed=0, neutral=anatomy.neutral_token)
+    return Job(ids, runs, tuple(_check_cells(anatomy, n_positions, span)), target=None)
 
 
 def _check_cells(anatomy: Anatomy, n_positions: int, span: tuple[int, int]) -> Iterator[Cell]:

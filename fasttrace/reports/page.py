@@ -15,10 +15,10 @@ import numpy as np
 
 from fasttrace.checks import items, mapping, objects, path_of, text, whole_number
 from fasttrace.errors import PlanError
+from fasttrace.experiment.sites import color_map
 from fasttrace.files.writing import atomic_write
 from fasttrace.reports.average_figures import LEGENDS, ROLE_COLORS, ROLE_NAMES, layer_title, lowest
 from fasttrace.reports.averages import Averages, average
-from fasttrace.results import figure as plots
 from fasttrace.results.figure import PlotError
 from fasttrace.results.record import Record
 from fasttrace.results.result import TraceResult
@@ -160,7 +160,7 @@ def _trace(result: TraceResult) -> dict[str, Any]:
         "span": result.span,
         "layers": result.n_layers,
         "streams": [
-            {"name": stream, "title": layer_title(stream, result.windows[stream]), "color": plots._color(stream)}
+            {"name": stream, "title": layer_title(stream, result.windows[stream]), "color": color_map(stream)}
             for stream in result.streams
         ],
     }
@@ -183,7 +183,7 @@ def _averages(averages: Averages) -> dict[str, Any]:
             numbers = {column: [_rounded(value) for value in cells[column]] for column in columns}
             lines.append({"role": role, "name": ROLE_NAMES[role], "color": ROLE_COLORS[role], **numbers})
         title = layer_title(stream, averages.windows[stream])
-        streams.append({"name": stream, "title": title, "color": plots._color(stream), "lines": lines})
+        streams.append({"name": stream, "title": title, "color": color_map(stream), "lines": lines})
     totals = [{name: _plain(value) for name, value in row.items()} for row in averages.totals().to_dict("records")]
     peaks = [_peak(averages, stream) for stream in averages.streams]
     base = {"value": LEGENDS[averages.value], "lowest": lowest(averages), "facts": averages.facts}

@@ -15,8 +15,7 @@ from fasttrace.checks import one_of
 from fasttrace.engines.memory import Budget
 from fasttrace.errors import PlanError, PromptError, StoreError
 from fasttrace.facts.dataset import Fact, FactSet
-from fasttrace.fusing import cpu_linears
-from fasttrace.fusing import measure as kernel_choice
+from fasttrace.fusing import measure
 from fasttrace.many import Encoded, Study, study_of
 from fasttrace.models.identity import digests
 from fasttrace.results.record import Record
@@ -113,8 +112,7 @@ def run(
     if encoded:
         study.sweep.job(encoded[0].prompt)  # raises what would otherwise be raised when the folder has been made
     study = replace(study, budget=Budget(min(ranks.all(lambda: study.budget.tokens))))
-    cpu_linears.settle(ranks.all(cpu_linears.choices))
-    kernel_choice.settle(ranks.all(kernel_choice.choices))
+    measure.settle(ranks.all(measure.choices))
     identities = ranks.all(tracer.identity)
     fingerprint = fingerprint_of(study, tracer.name, tracer.revision, identities[ranks.rank])
     check_same_run(ranks, {**fingerprint, "shard": shard})

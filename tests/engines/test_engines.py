@@ -15,23 +15,13 @@ from fasttrace.errors import EngineError, NumericsError
 from fasttrace.experiment.cells import SITES, STREAMS, Edit
 from fasttrace.models.hooks import output_hook
 from fasttrace.planning.packs import forget
-from tests.conftest import FAMILIES, N_LAYERS, all_grids, make_job, tiny_anatomy, tiny_model
+from tests.conftest import FAMILIES, N_LAYERS, all_grids, make_job, relative_error, tiny_anatomy, tiny_model
 
 FAST_ENGINES = ("wavefront", "rows")
 
 
 def run(engine, family, job, dtype=torch.float32):
     return ENGINES[engine](tiny_anatomy(family, dtype), job, lambda: None)
-
-
-def relative_error(scores, expected):
-    """Largest relative difference over cells and the distributions of the base runs."""
-    pairs = (
-        (scores.cells, expected.cells),
-        (scores.clean, expected.clean),
-        (scores.corrupted, expected.corrupted),
-    )
-    return max(float(np.abs(a.astype(np.float64) / b - 1).max()) for a, b in pairs if a.size)
 
 
 def assert_all_equal(family, job, tolerance=1e-5, dtype=torch.float32):

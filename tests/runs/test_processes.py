@@ -32,7 +32,7 @@ from tests.helpers.run_facts import (
     torchrun,
     write_facts,
 )
-from tests.test_api import tracer_with_text
+from tests.helpers.tracers import tracer_with_text
 
 FACTS = facts_of(60)
 STREAMS = ("block_output", "mlp_activation", "attention_output")
