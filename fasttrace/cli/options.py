@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from fasttrace.api import Tracer
 
 Model = Annotated[
-    str, typer.Option(help='A Hugging Face id, a local folder, a GGUF file, or an embedded model: "smollm2".')
+    str,
+    typer.Option(help="A Hugging Face id, a local folder, a GGUF file, or an embedded model: smollm2, gemma3-270m."),
 ]
 Revision = Annotated[str | None, typer.Option(help="Revision of the Hugging Face repository.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]

