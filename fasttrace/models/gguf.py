@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fasttrace.errors import FasttraceError, ModelError
+from fasttrace.errors import FasttraceError, ModelError, first_line
 from fasttrace.models import checkpoints
 from fasttrace.models.cache import kept, sha256
 from fasttrace.models.gguf_header import Header, read_header
@@ -105,7 +105,7 @@ def _unpack(path: Path, folder: Path, header: Header, name: str) -> None:
         raise
     except Exception as error:
         raise ModelError(
-            f"{name} could not be converted ({type(error).__name__}: {checkpoints.first_line(error)}): check that "
+            f"{name} could not be converted ({type(error).__name__}: {first_line(error)}): check that "
             "memory and disk have space, and that transformers reads this kind of model from GGUF"
         ) from error
 
@@ -239,7 +239,7 @@ def _save_tokenizer(source: Mapping[str, Any], folder: Path, header: Header, nam
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
     except Exception as error:
-        reason = checkpoints.first_line(error)
+        reason = first_line(error)
         logger.warning("the tokenizer of %s cannot be read (%s); give prompts as token ids", name, reason)
         return
     asked = header.values.get("tokenizer.ggml.add_bos_token")

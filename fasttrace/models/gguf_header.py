@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fasttrace.errors import ModelError
-from fasttrace.models.checkpoints import first_line, what_is_wrong
+from fasttrace.errors import ModelError, first_line
+from fasttrace.models.checkpoints import what_is_wrong
 
 __all__ = ["Header", "read_header"]
 
