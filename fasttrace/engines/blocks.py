@@ -154,7 +154,7 @@ class LastBlock:
         check_finite(self.block_sums, self.anatomy.dtype)
         parts = np.split(restored.cpu().numpy(), np.cumsum(sizes)[:-1], axis=1)
         bases = np.split(base.cpu().numpy(), ends[:-1], axis=1)
-        first = answers.targets[:, 0].tolist()
+        first = answers.targets[:, 0].cpu().tolist()
         return [
             scores_of_plan(
                 part.reshape(len(part), *plan.last_tokens.shape),

@@ -114,9 +114,8 @@ def _corrupted(job: Job, runs: Sequence[Run], prompt: Tensor | None, embeddings:
     embeddings = embeddings.clone()
     for row, (_, number, _) in enumerate(runs):
         if number > 0:
-            subject = (embeddings[row] if prompt is None else prompt)[begin:end].double()
-            noise = job.runs.noise[number - 1].to(embeddings.device)
-            embeddings[row, begin:end] = (noise if job.runs.replaces else subject + noise).to(embeddings.dtype)
+            subject = (embeddings[row] if prompt is None else prompt)[begin:end]
+            embeddings[row, begin:end] = job.runs.added(subject, job.runs.noise[number - 1])
     return embeddings
 
 

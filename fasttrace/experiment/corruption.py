@@ -38,6 +38,10 @@ __all__ = [
 ]
 
 
+WITH_FLOAT64 = ("cpu", "cuda")
+"""Kinds of devices that are known to compute in float64."""
+
+
 @dataclass(frozen=True)
 class Runs:
     """The corrupted runs of one prompt; as many as `noise` or `ids` have, none if there is neither.
@@ -81,9 +85,18 @@ class Runs:
         corrupted = embeddings.clone()
         # Where a run's ids are a neutral token's, the prompt's own embeddings are the clean run's.
         own = embeddings[:1] if self.neutral is not None and self.ids is None else embeddings[1:]
-        noise = self.noise.to(embeddings.device)
-        corrupted[1:, begin:end].copy_(noise if self.replaces else own[:, begin:end].to(torch.float64) + noise)
+        corrupted[1:, begin:end].copy_(self.added(own[:, begin:end], self.noise))
         return corrupted
+
+    def added(self, own: Tensor, noise: Tensor) -> Tensor:
+        """Embeddings with noise [..., position in span, d_model], rounded once; the bits are those of a CPU.
+
+        Apple's GPUs and some others have no float64: what they are given is computed on the host.
+        """
+        place = own.device if own.device.type in WITH_FLOAT64 else torch.device("cpu")
+        noise = noise.to(place)
+        rounded = (noise if self.replaces else own.to(place).to(torch.float64) + noise).to(own.dtype)
+        return rounded.to(own.device)
 
     def seen(self, token_ids: Tensor) -> Tensor:
         """int64 [run, position] token ids that the runs are fed with.
@@ -335,7 +348,8 @@ class EmbeddingsReplaced:
 def _mean_embedding(model: Embedder, chunk: int = 8192) -> Tensor:
     ids = torch.arange(model.vocabulary, device=model.device)
     with torch.no_grad():
-        sums = [model.embedding(part[None])[0].double().sum(0) for part in ids.split(chunk)]
+        rows = (model.embedding(part[None])[0] for part in ids.split(chunk))
+        sums = [(row if row.device.type in WITH_FLOAT64 else row.cpu()).double().sum(0) for row in rows]
     return (torch.stack(sums).sum(0) / model.vocabulary).cpu()
 
 

@@ -155,8 +155,8 @@ def on_device(tables: Sequence[np.ndarray], device: torch.device) -> Sequence[Te
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device; from pinned memory, so that nothing waits for the copy."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    """A tensor of the host on a device; on CUDA from pinned memory, so that nothing waits for the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _columns(block: BlockPlan, width: int) -> tuple[np.ndarray | None, ...]:

@@ -145,3 +145,9 @@ def test_a_model_whose_blocks_are_in_several_processes_is_refused():
     model.config.distributed_config = DistributedConfig(pp_size=2)
     with pytest.raises(ModelError, match=r"blocks of LlamaForCausalLM are in several processes; load it with tp_size"):
         anatomy_of(model)
+
+
+def test_memory_of_an_apple_gpu_is_asked_of_it(monkeypatch):
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 1000)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 300)
+    assert memory.free_bytes(torch.device("mps")) == 700

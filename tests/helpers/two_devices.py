@@ -1,5 +1,7 @@
 """Two devices for machines without a GPU: tensors that say where they are, computed on the CPU, and refuse to mix.
 
+They are neither CPU nor CUDA, and refuse float64, as Apple's GPUs do.
+
 A script, because torch takes a new kind of device once and for good:
 `python -m tests.helpers.two_devices FAMILY...` traces tiny models whose blocks are split between the two and prints, as
 JSON,
@@ -67,6 +69,8 @@ def compute(operation: Any, args: tuple, kwargs: dict) -> Any:
         return args[0]
     if place.type == "cpu":
         return result
+    if any(leaf.dtype == torch.float64 for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)):
+        raise TypeError(f"{operation} makes float64, which Apple's GPUs do not have")
     return tree_map(lambda leaf: Placed(leaf, place) if isinstance(leaf, torch.Tensor) else leaf, result)
 
 
@@ -126,15 +130,17 @@ def plain(family: str) -> Any:
     return model
 
 
-def check_that_devices_do_not_mix() -> None:
+def check_what_is_refused() -> None:
     """Raises where the pretence would let an error pass."""
     with NewTensors():
         here, there = (torch.zeros(2, device=f"pretend:{index}") for index in (0, 1))
-        try:
-            here + there
-        except RuntimeError:
-            return
-    raise AssertionError("a sum of tensors on two devices went through")
+        exact = torch.zeros(2, dtype=torch.float64, device="cpu")
+        for refused in (lambda: here + there, lambda: here.double(), lambda: exact.to("pretend:0")):
+            try:
+                refused()
+            except (RuntimeError, TypeError):
+                continue
+            raise AssertionError("a sum of tensors on two devices, or float64, went through")
 
 
 def errors_of(family: str) -> dict[str, float]:
@@ -151,5 +157,5 @@ def errors_of(family: str) -> dict[str, float]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.utils.backend_registration._setup_privateuseone_for_python_backend("pretend")
-    check_that_devices_do_not_mix()
+    check_what_is_refused()
     print(json.dumps({family: errors_of(family) for family in sys.argv[1:]}))  # noqa: T201
