@@ -113,10 +113,10 @@ def test_reads_before_the_last_position_keep_their_own_rows():
     cells = [(Edit("mlp_output", 47, p),) for p in range(7)]
     plan = plan_cells(shape, tuple(cells))
     assert (plan.cell_row >= 0).tolist() == [p in (3, 6) for p in range(7)]
-    assert plan.read_tokens.shape == (1, 2, 2)
+    assert plan.read_tokens.shape == (2, 1, 2)
     # What a row does not hold of its own is read from its base row.
     origin = plan.blocks[-1].origin
-    assert (origin[plan.read_tokens] % 7 == [3, 6]).all()
+    assert (origin[plan.read_tokens].T % 7 == [3, 6]).all()
     last = (
         tuple((Edit("block_output", 47, p),) for p in (3, 6)),
         ((Edit("block_output", 47, 3), Edit("block_output", 47, 6)),),
