@@ -1,4 +1,4 @@
-"""A pretended GPU: tensors of the CPU that say they are on cuda:0, and a log of what a real one would launch and wait for.
+"""A pretended GPU: tensors of the CPU that say they are on cuda:0, and a log of what a real one would do.
 
     with PretendedCuda() as gpu:
         Tracer(placed(model)).trace(...)
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -30,7 +30,17 @@ aten = torch.ops.aten
 DEVICE = torch.device("cuda:0")
 FREE = 80 << 30
 MOVES = (aten._to_copy.default, aten.copy_.default)
-READS = ("_local_scalar_dense", "nonzero", "_unique", "unique", "masked_select", "equal", "bincount", "is_nonzero")
+READS = (
+    "_local_scalar_dense",
+    "nonzero",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "masked_select",
+    "equal",
+    "bincount",
+    "is_nonzero",
+)
 """Operations whose result is a value on the host, or has a size that depends on values."""
 NO_LAUNCH = (
     "_unsafe_view",
@@ -104,7 +114,11 @@ class _Functions(TorchFunctionMode):
         if name == "pin_memory":
             gpu.pinned.append(args[0].clone())
             return gpu.pinned[-1]
-        args, kwargs = tree_map(_numbered, (args, kwargs), is_leaf=lambda x: isinstance(x, list))
+        given: Any = tree_map(_numbered, (args, kwargs), is_leaf=lambda x: isinstance(x, list))
+        args, kwargs = given
+        return self._with_numbers(gpu, function, name, args, kwargs)
+
+    def _with_numbers(self, gpu: "PretendedCuda", function: Any, name: str, args: tuple, kwargs: dict) -> Any:
         if function is torch.tensor and kwargs.get("device") == DEVICE:
             return function(*args, **(kwargs | {"device": "cpu"})).to(DEVICE)
         if name in ("__getitem__", "__setitem__") and isinstance(args[0], Placed):
@@ -115,21 +129,19 @@ class _Functions(TorchFunctionMode):
         if name == "contiguous" and isinstance(args[0], Placed):
             return args[0] if args[0].inner.is_contiguous() else args[0].clone(memory_format=torch.contiguous_format)
         if name == "scaled_dot_product_attention" and isinstance(args[0], Placed):
-            given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-            assert all(isinstance(x, Placed) for x in given), "attention of tensors on two devices"
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            assert all(isinstance(x, Placed) for x in tensors), "attention of tensors on two devices"
             gpu.note("launch", name)
             with outside():
-                return Placed(function(*tree_map(inner_of, args), **tree_map(inner_of, kwargs)))
+                inner: Any = tree_map(inner_of, (args, kwargs))
+                return Placed(function(*inner[0], **inner[1]))
         return function(*args, **kwargs)
 
 
 def _numbered(value: Any) -> Any:
     """The device in place of one without a number, which torch would ask the driver for."""
-    return (
-        DEVICE
-        if (isinstance(value, torch.device) and value.type == "cuda") or (isinstance(value, str) and value == "cuda")
-        else value
-    )
+    is_cuda = isinstance(value, torch.device) and value.type == "cuda"
+    return DEVICE if is_cuda or (isinstance(value, str) and value == "cuda") else value
 
 
 def placed(model: nn.Module) -> nn.Module:
@@ -163,7 +175,7 @@ class PretendedCuda:
         log: what happened since it was opened, or since it was cleared.
     """
 
-    open: list["PretendedCuda"] = []
+    open: ClassVar[list["PretendedCuda"]] = []
 
     def __init__(self):
         self.device = DEVICE
@@ -276,8 +288,8 @@ class PretendedCuda:
 class _Generator(torch.Generator):
     """Of the CPU, whatever is asked for."""
 
-    def __new__(cls, _device: Any = "cpu") -> torch.Generator:
-        return super().__new__(cls, "cpu")
+    def __new__(cls, _device: Any = "cpu") -> "_Generator":
+        return super().__new__(cls)
 
 
 class _Properties(NamedTuple):
