@@ -24,7 +24,7 @@ from bench.measured import Options, measure_case, print_measured
 from bench.report import new_report, path_of, write
 from bench.timing import Ceiling, Timing, copy_bandwidth, default_device, matmul_ceiling, measure
 from fasttrace.experiment.cells import grid_cells, windows_of
-from fasttrace.fusing import measure as kernel_choice
+from fasttrace.fusing.measure import choices
 from fasttrace.planning.edits import Shape
 from fasttrace.planning.plan import plan_cells
 
@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             print_measured(measured)
             report["cases"].append(asdict(measured))
-        report["glue_kernels"] = {str(kernel): taken for kernel, taken in kernel_choice.choices().items()}
+        report["glue_kernels"] = {str(kernel): taken for kernel, taken in choices().items()}
         write(report, path)  # after each case: a run that is cut short keeps what it has
         _free_memory()
     for kernel, taken in report.get("glue_kernels", {}).items():

@@ -71,7 +71,7 @@ def loads(workloads: Sequence[Workload], engine: str) -> dict[str, list[tuple[fl
     order = np.random.RandomState(0).permutation(len(everything))
     shares = ([everything[i] for i in sorted(order[: round(share * len(everything))])] for share in SHARES)
     return {
-        "samples": [(n, [(first, first.job(corruption=first.corruption(n)))]) for n in SAMPLES],
+        "samples": [(n, [(first, first.job(runs=first.runs(n)))]) for n in SAMPLES],
         "cells' token-blocks": [(0, [(first, first.job(share))]) for share in shares],
         "prompts": [(n, [(runner, runner.job()) for runner in runners[:n]]) for n in PROMPTS],
     }

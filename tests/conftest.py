@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from accelerate import hooks as accelerate_hooks
@@ -52,6 +53,16 @@ def all_grids(streams: tuple[str, ...], window: int, n_positions: int) -> tuple[
     return tuple(cell for stream in streams for cell in grid_cells(stream, window, N_LAYERS, n_positions))
 
 
+def relative_error(scores, expected):
+    """Largest relative difference over cells and the distributions of the base runs."""
+    pairs = (
+        (scores.cells, expected.cells),
+        (scores.clean, expected.clean),
+        (scores.corrupted, expected.corrupted),
+    )
+    return max(float(np.abs(a.astype(np.float64) / b - 1).max()) for a, b in pairs if a.size)
+
+
 @pytest.fixture(autouse=True)
 def threads():
     """Accelerate and numba set torch's number of threads; the next test has its own again."""
@@ -77,3 +88,8 @@ def loads(monkeypatch) -> Counter:
 
     monkeypatch.setattr(accelerate_hooks, "set_module_tensor_to_device", counted)
     return counts
+
+
+def loads_in_blocks(anatomy, loads):
+    inside = {module for block in anatomy.blocks for module in block.modules()}
+    return {place: count for place, count in loads.items() if place[0] in inside and count}

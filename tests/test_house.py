@@ -1,6 +1,7 @@
 """The order of the rooms: who may import whom, written down once."""
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -19,10 +20,9 @@ ORDER = (
     "engines",
     "facts",
     "results",
-    "sweeps",
-    "many",
-    "api",
+    "study",
     "runs",
+    "api",
     "reports",
     "cli",
     "__main__",
@@ -73,3 +73,11 @@ def test_modules_do_not_import_each_other_in_a_circle():
         TopologicalSorter({module: imports_of(module, everywhere=False) for module in MODULES}).prepare()
     except CycleError as circle:
         pytest.fail(" -> ".join(circle.args[1]))
+
+
+def test_no_test_module_imports_another():
+    """What two of them need lies in tests/helpers or a conftest."""
+    tests = {path: path.read_text() for path in Path(__file__).parent.rglob("test_*.py")}
+    assert not [
+        str(path) for path, text in tests.items() if re.search(r"^\s*(from|import) tests\S*\.test_", text, re.M)
+    ]

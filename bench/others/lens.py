@@ -24,7 +24,7 @@ from bench.cases import STREAMS, Cell, Workload
 from bench.jobs import Runner
 from bench.others import MissingError, Peer
 from bench.others.vocabulary import number_tokenizer
-from fasttrace.experiment.corruption import Corruption
+from fasttrace.experiment.corruption import Runs
 
 SITES = {"block_output": "block_input"}
 """Where fasttrace restores for a stream of the case."""
@@ -81,13 +81,13 @@ def same_sweep(workload: Workload, engine: str) -> Callable[[], list[float]]:
 
 
 @torch.no_grad()
-def _replacement(workload: Workload) -> Corruption:
+def _replacement(workload: Workload) -> Runs:
     """The noise that turns the subject's embeddings into those of the other subject."""
     begin, end = workload.case.subject
     embedding = workload.model.get_input_embeddings()
     clean, corrupted = (embedding(ids).double().cpu() for ids in (_clean(workload), with_other_subject(workload)))
     noise = (corrupted - clean)[:, begin:end]
-    return Corruption((begin, end), float(noise.std()), 0, noise)
+    return Runs((begin, end), noise)
 
 
 def with_other_subject(workload: Workload) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fasttrace.experiment.cells import Cell
-from fasttrace.experiment.corruption import Corruption
+from fasttrace.experiment.corruption import Runs
 from fasttrace.planning.edits import Shape
 from fasttrace.planning.packs import Pack, pack_of
 from fasttrace.planning.plan import Layout, Plan, plan_cells
@@ -21,24 +21,24 @@ FEW_SAMPLES = 32
 
 @dataclass(frozen=True)
 class Job:
-    """One prompt, its noise and its cells.
+    """One prompt, its corrupted runs and its cells.
 
     Attributes:
         token_ids: int64 [position].
-        corruption: the noise, all samples.
+        runs: its corrupted runs; there may be none.
         cells: what to restore, one score each.
         target: token id to score; None: the clean run's top token.
     """
 
     token_ids: Tensor
-    corruption: Corruption
+    runs: Runs
     cells: tuple[Cell, ...]
     target: int | None
 
     @property
     def samples(self) -> int:
-        """Noise samples."""
-        return len(self.corruption.noise)
+        """Restored runs of a cell: one for each corrupted run, one where there is none."""
+        return max(1, len(self.runs))
 
     def shape(self, n_layers: int) -> Shape:
         """The counts a plan is compiled for.
@@ -46,10 +46,10 @@ class Job:
         A model that looks twice may read the subject at later tokens too, by n-grams: there embeddings differ up to the
         end, in the planner's words.
         """
-        n_positions, span = len(self.token_ids), self.corruption.span
-        if self.corruption.neutral is not None:
+        n_positions, span = len(self.token_ids), self.runs.span
+        if self.runs.neutral is not None:
             span = span[0], n_positions
-        return Shape(n_layers, n_positions, span, self.samples)
+        return Shape(n_layers, n_positions, span, len(self.runs))
 
     def plan(self, n_layers: int, layout: Layout) -> Plan:
         """The compiled cells, from the cache after the first call."""
@@ -64,14 +64,11 @@ class Job:
 
     def on(self, device: torch.device) -> "Job":
         """The same job with its noise on a device; nothing waits for the copy."""
-        if device.type != "cuda" or self.corruption.noise.is_cuda:
-            return self
-        noise = self.corruption.noise.pin_memory().to(device, non_blocking=True)
-        return replace(self, corruption=replace(self.corruption, noise=noise))
+        return replace(self, runs=self.runs.on(device))
 
     def part(self, cells: slice, samples: slice) -> "Job":
         """Some of the cells, for some of the samples."""
-        return replace(self, cells=self.cells[cells], corruption=self.corruption.part(samples))
+        return replace(self, cells=self.cells[cells], runs=self.runs.part(samples))
 
 
 def pack_of_jobs(jobs: Sequence[Job], n_layers: int, layout: Layout) -> Pack:
@@ -84,13 +81,12 @@ def base_ids(jobs: Sequence[Job]) -> Tensor:
     width = max(len(job.token_ids) for job in jobs)
 
     def filled(ids: Tensor) -> Tensor:
-        return torch.cat((ids, ids[-1:].expand(width - len(ids))))
+        return torch.cat((ids, ids[:, -1:].expand(-1, width - ids.shape[1])), dim=1)
 
-    rows = [(filled(job.token_ids), filled(job.corruption.seen_elsewhere(job.token_ids)), job.samples) for job in jobs]
-    return torch.cat([torch.cat((clean[None], seen.expand(samples, -1))) for clean, seen, samples in rows])
+    return torch.cat([filled(torch.cat((job.token_ids[None], job.runs.seen(job.token_ids)))) for job in jobs])
 
 
 def corrupted(jobs: Sequence[Job], embeddings: Tensor) -> Tensor:
-    """Hook on the embedding: [base row, width, d_model] with each prompt's noise added to its corrupted runs."""
-    parts = embeddings.split([1 + job.samples for job in jobs])
-    return torch.cat([job.corruption.added_to(part) for job, part in zip(jobs, parts, strict=True)])
+    """Hook on the embedding: [base row, width, d_model] with each prompt's runs corrupted."""
+    parts = embeddings.split([1 + len(job.runs) for job in jobs])
+    return torch.cat([job.runs.embedded(part) for job, part in zip(jobs, parts, strict=True)])

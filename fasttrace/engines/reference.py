@@ -15,6 +15,7 @@ from fasttrace.engines.job import Job, Tick
 from fasttrace.engines.readout import Scores, distributions
 from fasttrace.errors import EngineError
 from fasttrace.experiment.cells import Cell, Edit
+from fasttrace.experiment.sites import SITE
 from fasttrace.models.anatomy import Anatomy
 from fasttrace.models.hooks import forward_pass, hidden_hook, output_hook
 
@@ -72,8 +73,8 @@ def _pass(
     """One forward pass: the values it was asked to record, and next-token distributions [row, vocab]."""
     recorded: Values = {}
     with ExitStack() as stack:
-        looks_twice = job.corruption.neutral is not None
-        prompt = anatomy.embedding(job.token_ids[None].to(anatomy.device)) if looks_twice else None
+        is_fed_otherwise = job.runs.neutral is not None and job.runs.ids is None
+        prompt = anatomy.embedding(job.token_ids[None].to(anatomy.device))[0] if is_fed_otherwise else None
         stack.enter_context(output_hook(anatomy.embedding, partial(_corrupted, job, runs, prompt)))
         for place in wanted:
             _at(stack, anatomy, len(runs), *place, lambda x, place=place: recorded.__setitem__(place, x.clone()))
@@ -82,21 +83,23 @@ def _pass(
                 base_row = 0 if edit.source == "clean" else 1 + (sample or 0)
                 value = known[edit.site, edit.layer][base_row, edit.position]
                 _at(stack, anatomy, len(runs), edit.site, edit.layer, partial(_overwritten, row, edit, value))
-        seen = job.corruption.seen_elsewhere(job.token_ids)
-        ids = torch.stack([job.token_ids if sample is None else seen for _, sample in runs]).to(anatomy.device)
+        seen = job.runs.seen(job.token_ids)
+        ids = torch.stack([job.token_ids if sample is None else seen[sample] for _, sample in runs]).to(anatomy.device)
         logits = anatomy.model(input_ids=ids, use_cache=False).logits
     return recorded, distributions(logits[:, -1])
 
 
 def _corrupted(job: Job, runs: Sequence[Run], prompt: Tensor | None, embeddings: Tensor) -> Tensor:
-    """Noise on the subject's embeddings; `prompt` has them where the runs' own ids are a neutral token's."""
-    begin, end = job.corruption.span
+    """Noise on the subject's embeddings; `prompt` has those of the prompt where runs are fed with other ids."""
+    if job.runs.noise is None:
+        return embeddings
+    begin, end = job.runs.span
     embeddings = embeddings.clone()
     for row, (_, sample) in enumerate(runs):
         if sample is not None:
-            subject = (embeddings[row] if prompt is None else prompt[0])[begin:end]
-            noise = job.corruption.noise[sample].to(embeddings.device)
-            embeddings[row, begin:end] = (subject.double() + noise).to(embeddings.dtype)
+            subject = (embeddings[row] if prompt is None else prompt)[begin:end].double()
+            noise = job.runs.noise[sample].to(embeddings.device)
+            embeddings[row, begin:end] = (noise if job.runs.replaces else subject + noise).to(embeddings.dtype)
     return embeddings
 
 
@@ -107,13 +110,12 @@ def _overwritten(row: int, edit: Edit, value: Tensor, hidden: Tensor) -> Tensor:
 
 def _at(stack: ExitStack, anatomy: Anatomy, n_rows: int, site: str, layer: int, rewrite) -> None:
     """Hooks a site; `rewrite` sees it as [row, position, ...], whatever the module's own axes are."""
-    is_block = site.startswith("block")
-    axis = anatomy.row_axis if is_block else 0
+    axis = anatomy.row_axis if SITE[site].part == "blocks" else 0
 
     def rewrite_rows(hidden: Tensor) -> Tensor | None:
         copy = hidden.clone()
         rows = copy.unflatten(0, (n_rows, -1)) if copy.dim() == 2 else copy.movedim((axis, axis + 1), (0, 1))
         return None if rewrite(rows) is None else copy
 
-    hook = hidden_hook if site in ("block_input", "mlp_activation") else output_hook
+    hook = hidden_hook if SITE[site].side == "input" else output_hook
     stack.enter_context(hook(anatomy.modules_at(site)[layer], rewrite_rows))

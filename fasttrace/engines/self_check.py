@@ -1,4 +1,4 @@
-"""Which engine a model gets: the first one that a self-check on this very model finds right.
+"""Which engine a model gets: the first one that a self-check on the model itself finds right.
 
 Packed tracing is silently wrong on a few families, and only a comparison with plain forward passes shows it. So
 the check is not optional: "auto" takes the first engine that passes, and one that is named has to pass too. It is made
@@ -18,7 +18,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
 from fasttrace.checks import is_out_of_memory
-from fasttrace.engines import ENGINES, PACKING, reference
+from fasttrace.engines import ENGINES, Engine, reference
 from fasttrace.engines.in_float32 import can_be_widened, difference_in_float32
 from fasttrace.engines.job import Job
 from fasttrace.engines.readout import Scores
@@ -26,7 +26,7 @@ from fasttrace.engines.state import State, refuse_autocast, state_of
 from fasttrace.errors import EngineError
 from fasttrace.experiment.cells import Cell, Edit, window_of
 from fasttrace.experiment.corruption import draw, sigma_of
-from fasttrace.fusing.choose import cpu_matmul, failed_kernels, fused, fused_attention, kernel_compiler
+from fasttrace.fusing.choose import cpu_matmul, failed_kernels, fused_attention, kernel_compiler
 from fasttrace.models.anatomy import Anatomy
 from fasttrace.models.hooks import exclusive, refuse_inside_a_pass
 from fasttrace.models.names import NOT_PACKED
@@ -164,12 +164,12 @@ def prompts_share_passes(anatomy: Anatomy, engine: str, fuse: bool = True) -> bo
         engine: one that `choose` chose.
         fuse: whether fused operations are on.
     """
-    if engine not in PACKING:
+    if not ENGINES[engine].packs:
         return False
     with exclusive(anatomy.model):
         checks = _checks_of(anatomy, fuse, state_of(anatomy.model))
         if engine not in checks.sharing:
-            checks.sharing[engine] = problem = _compare_shared(anatomy, checks, engine, fuse)
+            checks.sharing[engine] = problem = _compare_shared(anatomy, checks, ENGINES[engine], fuse)
             if problem is not None:
                 logger.warning("engine %s with several prompts in a pass %s: one prompt at a time", engine, problem)
         return checks.sharing[engine] is None
@@ -289,9 +289,14 @@ def _moved_by_rounding(
     anatomy: Anatomy, job: Job, expected: Scores, rows: int | None, eps: float | None = None
 ) -> float:
     """How far plain passes move when the noise is rounded otherwise, to the model's dtype if not told."""
-    corruption, eps = job.corruption, eps or torch.finfo(anatomy.dtype).eps
-    otherwise = replace(corruption, noise=corruption.noise * (1 + eps))
-    return _distance(_plain_passes(anatomy, replace(job, corruption=otherwise), rows), expected)
+    eps = eps or torch.finfo(anatomy.dtype).eps
+    return _distance(_plain_passes(anatomy, _with_noise(job, 1 + eps), rows), expected)
+
+
+def _with_noise(job: Job, factor: float) -> Job:
+    """A job with its noise multiplied."""
+    assert job.runs.noise is not None, "the check's runs are noised"
+    return replace(job, runs=replace(job.runs, noise=factor * job.runs.noise))
 
 
 def _effect_of_batch(anatomy: Anatomy, job: Job) -> float:
@@ -299,8 +304,8 @@ def _effect_of_batch(anatomy: Anatomy, job: Job) -> float:
 
     Both batches have the same shape, hence the same products of matrices: this is not their rounding.
     """
-    noisy = replace(job, cells=(), corruption=job.corruption.part(slice(1)))
-    quiet = replace(noisy, corruption=replace(noisy.corruption, noise=0 * noisy.corruption.noise))
+    noisy = replace(job, cells=(), runs=job.runs.part(slice(1)))
+    quiet = _with_noise(noisy, 0)
     beside_noisy, beside_quiet = (_plain_passes(anatomy, each, rows=2).clean for each in (noisy, quiet))
     top = np.argsort(-beside_quiet)[:TOP_TOKENS]
     return float(np.abs(_log(beside_noisy[top]) - _log(beside_quiet[top])).max())
@@ -335,7 +340,7 @@ def _compare(anatomy: Anatomy, checks: _Checks, name: str, fuse: bool) -> tuple[
         return (None, 0.0) if name == "reference" else (f"is not for this model: {effect}", None)
     tolerance = checks.tolerance
     try:
-        with fused(anatomy, fuse and name != "reference"):
+        with ENGINES[name].fused(anatomy, fuse):
             error = _distance(ENGINES[name](anatomy, checks.job, _no_tick), checks.expected)
     except Exception as raised:  # a model, or an engine that it is not made for, may raise anything
         if is_out_of_memory(raised):
@@ -369,14 +374,16 @@ def _problem_in_float32(anatomy: Anatomy, checks: _Checks, name: str, fuse: bool
     )
 
 
-def _compare_shared(anatomy: Anatomy, checks: _Checks, engine: str, fuse: bool) -> str | None:
+def _compare_shared(anatomy: Anatomy, checks: _Checks, engine: Engine, fuse: bool) -> str | None:
     """What is wrong when the self-check's prompt shares a pass with a shorter one, which comes first."""
+    run_jobs = engine.run_jobs
+    assert run_jobs is not None, "it packs"
     short = _check_job(anatomy, n_positions=4)
     expected = [_plain_passes(anatomy, short, checks.rows), checks.expected]
     allowed = [_allowed(anatomy, short, expected[0], checks.rows), checks.tolerance]
     try:
-        with fused(anatomy, fuse):
-            scores = PACKING[engine](anatomy, [short, checks.job], _no_tick)
+        with engine.fused(anatomy, fuse):
+            scores = run_jobs(anatomy, [short, checks.job], _no_tick)
         errors = [_distance(given, wanted) for given, wanted in zip(scores, expected, strict=True)]
     except Exception as raised:  # a model, or an engine that it is not made for, may raise anything
         if is_out_of_memory(raised):
@@ -415,8 +422,8 @@ def _check_job(anatomy: Anatomy, n_positions: int = POSITIONS) -> Job:
     ids = (torch.arange(n_positions, device="cpu") * 1013 + 7) % anatomy.vocabulary
     span = (min(1, n_positions - 1), min(3, n_positions))
     sigma = sigma_of("s10", anatomy.embedding, [ids[slice(*span)].tolist()], anatomy.device)
-    corruption = draw(span, anatomy.d_model, sigma=sigma, samples=2, seed=0, neutral=anatomy.neutral_token)
-    return Job(ids, corruption, tuple(_check_cells(anatomy, n_positions, span)), target=None)
+    runs = draw(span, anatomy.d_model, sigma=sigma, samples=2, seed=0, neutral=anatomy.neutral_token)
+    return Job(ids, runs, tuple(_check_cells(anatomy, n_positions, span)), target=None)
 
 
 def _check_cells(anatomy: Anatomy, n_positions: int, span: tuple[int, int]) -> Iterator[Cell]:

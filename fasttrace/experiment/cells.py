@@ -10,14 +10,11 @@ from typing import Any, NamedTuple
 
 from fasttrace.checks import items, shown, whole_number
 from fasttrace.errors import PlanError
+from fasttrace.experiment.sites import SITE, SITES
 
-SITES: tuple[str, ...] = ("block_input", "block_output", "attention_output", "mlp_output", "mlp_activation")
 SOURCES: tuple[str, ...] = ("clean", "corrupted")
 STREAMS: tuple[str, ...] = ("block_output", "mlp_activation", "attention_output")
 """The three streams of the paper's figure, in its order."""
-
-SINGLE_BLOCK_SITES = frozenset({"block_input", "block_output"})
-"""Sites that carry the whole residual stream: restoring a window of them equals restoring its last block."""
 
 MOST_BLOCKS = 2**31 - 1
 """Widest window; one wider than the model is clipped to it."""
@@ -62,7 +59,7 @@ def windows_of(streams: Sequence[str], window: int) -> dict[str, int]:
         PlanError: an unknown, repeated or missing stream, or a width below 1.
     """
     names, width = stream_names(streams), window_width(window)
-    return {name: 1 if name in SINGLE_BLOCK_SITES else width for name in names}
+    return {name: width if SITE[name].windowed else 1 for name in names}
 
 
 def stream_names(streams: str | Sequence[str]) -> tuple[str, ...]:

@@ -117,7 +117,7 @@ def read_facts(source: Any, *, strict: bool = False, limit: int | None = None) -
     gathered.read(found, strict, limit, whole=not isinstance(source, Iterator))
     facts, bad = gathered.facts, gathered.bad
     if not facts:
-        raise PromptError(f"no facts in {found.name}: {_listed(bad) or 'it is empty'}; give at least one good row")
+        raise PromptError(f"no facts in {found.name}: {_listed(bad) or 'it is empty'}; give at least one usable row")
     if bad:
         logger.warning("%s: skipped %d of %d rows: %s", found.name, len(bad), len(bad) + len(facts), _listed(bad))
     if gathered.notes:

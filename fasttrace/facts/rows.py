@@ -106,13 +106,21 @@ def checked(fact: Fact) -> Fact:
 def _flat(values: Any) -> tuple[Mapping[Any, Any], bool]:
     """A row's columns, CounterFact's included, and whether it has these."""
     if not isinstance(values, Mapping):
-        raise PromptError(f"it is {short(values)}: expected an object with prompt and subject")
+        raise PromptError(
+            f'it is {_kind(values)}, {short(values)}: a fact must be a mapping with "prompt" and "subject"'
+        )
     rewrite = values.get(NESTED)
     if is_null(rewrite):
         return values, False
     if not isinstance(rewrite, Mapping):
-        raise PromptError(f"{NESTED} is {short(rewrite)}: expected an object with prompt and subject")
+        raise PromptError(
+            f'{NESTED} is {_kind(rewrite)}, {short(rewrite)}: expected a mapping with "prompt" and "subject"'
+        )
     return {name: value for name, value in values.items() if name != NESTED} | dict(rewrite), True
+
+
+def _kind(value: Any) -> str:
+    return {str: "a string", type(None): "null", list: "a list"}.get(type(value), f"of type {type(value).__name__}")
 
 
 def _prompt_of(

@@ -1,7 +1,7 @@
 """Faster ways to compute token-wise work, for the time of a pass; the only chooser of implementations.
 
 Each computes the same function as the module it stands in for, in fewer or smaller passes over memory. Where it depends
-on the machine what is faster, `cpu_linears` and `kernel_choice` measure it. `Tracer(fuse=False)` leaves the modules
+on the machine what is faster, `measure` finds out. `Tracer(fuse=False)` leaves the modules
 alone.
 """
 

@@ -2,18 +2,17 @@
 
 torch computes float32 products with MKL. On some CPUs, AMD's with AVX512 among them, oneDNN's kernels are faster with
 the same rounding error; on others MKL wins in the blocks, and oneDNN in the head with its few tokens and large weight.
-Which one it is, is measured once a process for each kind of product that a model has; the processes of one run then
-settle on one, so that their numbers are the same. Another process may measure otherwise and differ in the last bits:
-results record the library, and `Tracer(cpu_matmul=...)` or the environment variable FASTTRACE_CPU_MATMUL names it.
-bfloat16 products are oneDNN's either way, but torch first copies the weight where the states are a view of others.
+`measure` finds out which, for each kind of product that a model has. Another process may measure otherwise and differ
+in the last bits: results record the library, and `Tracer(cpu_matmul=...)` or the environment variable
+FASTTRACE_CPU_MATMUL names it. bfloat16 products are oneDNN's either way, but torch first copies the weight where
+the states are a view of others.
 
 An MLP's GELU is computed by oneDNN inside the product before it, while the numbers are in registers.
 """
 
 import logging
 import os
-import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -24,6 +23,7 @@ from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from fasttrace.errors import EngineError, PlanError
+from fasttrace.fusing.measure import Case, case_of, gain_of, is_taken, random
 from fasttrace.models.hooks import evaluating, replaced_forward, set_by_others
 
 logger = logging.getLogger("fasttrace")
@@ -42,15 +42,6 @@ BLOCK_PROBE = Probe(512, 1024, 2048)
 TURNED_PROBE = Probe(512, 1024, 2048, turned=True)
 HEAD_PROBE = Probe(128, 512, 32768)
 """In a block, in a block of GPT-2, and in the head with its few tokens."""
-
-ROUNDS = 5
-CLEARLY = 1.05
-"""oneDNN is taken where it is that many times as fast."""
-
-Choices = Mapping[tuple[int, Probe], bool]
-"""(Threads that torch computes with, product) -> whether oneDNN is taken for it."""
-
-_CHOSEN: dict[tuple[int, Probe], bool] = {}
 
 LARGEST_ERROR = 1e-5
 """Norm of the difference of the two libraries' results over the norm of either, beyond which oneDNN is not taken: it
@@ -108,7 +99,7 @@ def library_of_torch(dtype: torch.dtype) -> str:
     return "mkl" if torch.backends.mkl.is_available() and dtype in (torch.float32, torch.float64) else "blas"
 
 
-def onednn_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None = None) -> Tensor:
+def onednn_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: str | None = None) -> Tensor:
     """`torch.nn.functional.linear` in oneDNN.
 
     Args:
@@ -133,57 +124,24 @@ def onednn_is_faster(threads: int, probe: Probe) -> bool:
         threads: that torch computes with.
         probe: the product.
     """
-    if (threads, probe) not in _CHOSEN:
-        return _CHOSEN.setdefault((threads, probe), _measured(threads, probe))  # another thread's may have come first
-    return _CHOSEN[threads, probe]
+    return _has_onednn() and is_taken(product_case(threads, probe), lambda: _gain(probe))
 
 
-def choices() -> Choices:
-    """What this process has measured so far."""
-    return dict(_CHOSEN)
+def product_case(threads: int, probe: Probe) -> Case:
+    """What a measurement of a product holds for."""
+    kind = "onednn(turned)" if probe.turned else "onednn"
+    return case_of(kind, (threads, probe.tokens, probe.inputs, probe.outputs), torch.float32, torch.device("cpu"))
 
 
-def settle(of_all: Iterable[Choices]) -> None:
-    """Takes oneDNN from now on only for products for which no process has found MKL better.
-
-    Args:
-        of_all: the choices of all processes that work on one run.
-    """
-    refused = {key for found in of_all for key, chosen in found.items() if not chosen}
-    _CHOSEN.update(dict.fromkeys(refused & _CHOSEN.keys(), False))
-
-
-def _measured(threads: int, probe: Probe) -> bool:
-    if not _has_onednn():
-        return False
-    plain: dict[str, Any] = {
-        "generator": torch.Generator("cpu").manual_seed(0),
-        "dtype": torch.float32,
-        "device": "cpu",
-    }
-    hidden = torch.randn(probe.tokens, probe.inputs, **plain)
-    lies = (probe.inputs, probe.outputs) if probe.turned else (probe.outputs, probe.inputs)
-    weight = torch.randn(lies, **plain)
-    weight = weight.t() if probe.turned else weight
-    error = torch.linalg.norm(onednn_linear(hidden, weight, None) - nn.functional.linear(hidden, weight))
-    if not error <= LARGEST_ERROR * torch.linalg.norm(nn.functional.linear(hidden, weight)):
-        return False
-    seconds = [
-        [_seconds(linear, hidden, weight) for linear in (nn.functional.linear, onednn_linear)] for _ in range(ROUNDS)
-    ]
-    mkl, onednn = map(min, zip(*seconds, strict=True))
-    logger.info("float32 products, %s, %d threads: oneDNN %.2f times as fast as MKL", probe, threads, mkl / onednn)
-    return mkl > CLEARLY * onednn
+def _gain(probe: Probe) -> float:
+    like = torch.empty(0, dtype=torch.float32, device="cpu")
+    weight = random(*((probe.inputs, probe.outputs) if probe.turned else (probe.outputs, probe.inputs)), like=like)
+    inputs = random(probe.tokens, probe.inputs, like=like, seed=1), weight.t() if probe.turned else weight
+    return gain_of(onednn_linear, nn.functional.linear, *inputs, largest_error=LARGEST_ERROR)
 
 
 def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def _seconds(linear: Callable[..., Tensor], hidden: Tensor, weight: Tensor) -> float:
-    begin = time.perf_counter()
-    linear(hidden, weight, None)
-    return time.perf_counter() - begin
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """RMS norms, gated MLPs and rotary embeddings, in one kernel each where it gives the same numbers and is faster.
 
 Nothing here is known of families. A module is run on a few random numbers, without its matrix products and without
-anybody's hooks, and is stood in for only if a kernel gives what it gave. `kernel_choice` has the speed.
+anybody's hooks, and is stood in for only if a kernel gives what it gave. `measure` has the speed.
 """
 
 from collections.abc import Callable, Iterator

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from fasttrace.errors import ModelError
+from fasttrace.experiment.sites import SITE
 from fasttrace.models.axes import InputAxes, input_axes
 from fasttrace.models.hooks import evaluating
 from fasttrace.models.rules import Parts, find_parts
@@ -83,18 +84,12 @@ class Anatomy:
         return ("attention_output",) if all(self.parts.attention) else ()
 
     def modules_at(self, site: str) -> tuple[nn.Module, ...]:
-        """The modules whose output (block_input, mlp_activation: input) a site is, one a block.
+        """The modules whose output or input a site is, one a block.
 
         Raises:
             ModelError: a block has no such module.
         """
-        modules = {
-            "block_input": self.blocks,
-            "block_output": self.blocks,
-            "attention_output": self.parts.attention,
-            "mlp_output": self.parts.mlp,
-            "mlp_activation": self.parts.down,
-        }[site]
+        modules = getattr(self.parts, SITE[site].part)
         missing = [number for number, module in enumerate(modules) if module is None]
         if missing:
             raise ModelError(

@@ -12,20 +12,12 @@ from typing import NamedTuple
 import numpy as np
 
 from fasttrace.errors import PlanError
-from fasttrace.experiment.cells import SITES, SOURCES, Cell
+from fasttrace.experiment.cells import SOURCES, Cell
+from fasttrace.experiment.sites import RESIDUAL, SITE, SITES
 
 CORRUPTED_CELL = -1
 CLEAN_CELL = -2
 """Stand for the row of a cell whose score a base run gives."""
-
-RESIDUAL, ATTENTION, MLP = range(3)
-"""What an edit overwrites: a block's input, its attention output, its MLP output; in the order of the model."""
-
-_KIND = dict.fromkeys(SITES, MLP) | {
-    "block_input": RESIDUAL,
-    "block_output": RESIDUAL,
-    "attention_output": ATTENTION,
-}
 
 
 class Shape(NamedTuple):
@@ -51,7 +43,7 @@ class EditTable:
     Attributes:
         cell: [edit] number of the cell.
         block: [edit] the block whose computation the edit changes; a block output belongs to the next block.
-        kind: [edit] RESIDUAL, ATTENTION or MLP.
+        stage: [edit] of its site: RESIDUAL, ATTENTION or MLP.
         position: [edit] token index.
         clean: [edit] taken from the clean run, else from the corrupted one.
         constant: [cell] CLEAN_CELL or CORRUPTED_CELL for cells that need no row, else 0.
@@ -59,15 +51,15 @@ class EditTable:
 
     cell: np.ndarray
     block: np.ndarray
-    kind: np.ndarray
+    stage: np.ndarray
     position: np.ndarray
     clean: np.ndarray
     constant: np.ndarray
 
     def where(self, keep: np.ndarray | slice) -> "EditTable":
         """The edits that a mask, an index or a slice picks."""
-        cell, block, kind, position, clean = self.cell, self.block, self.kind, self.position, self.clean
-        return EditTable(cell[keep], block[keep], kind[keep], position[keep], clean[keep], self.constant)
+        cell, block, stage, position, clean = self.cell, self.block, self.stage, self.position, self.clean
+        return EditTable(cell[keep], block[keep], stage[keep], position[keep], clean[keep], self.constant)
 
 
 def effective_edits(shape: Shape, cells: Sequence[Cell], mixes_last: bool = False) -> EditTable:
@@ -116,17 +108,17 @@ def _columns(shape: Shape, cells: Sequence[Cell]) -> EditTable:
         if value.size and not 0 <= value.min() <= value.max() < count:
             bad = flat[int(np.flatnonzero((value < 0) | (value >= count))[0])]
             raise PlanError(f"{bad} is outside the sweep: it has {what}s 0..{count - 1}")
-    block = layer + np.array([site == "block_output" for site in sites], dtype=np.int64)
-    kind = np.array([_KIND[site] for site in sites], dtype=np.int64)
+    block = layer + np.array([SITE[site].is_next_input for site in sites], dtype=np.int64)
+    stage = np.array([SITE[site].stage for site in sites], dtype=np.int64)
     clean = np.array([source == "clean" for source in sources], dtype=bool)
-    return EditTable(cell, block, kind, position, clean, np.zeros(len(cells), dtype=np.int64))
+    return EditTable(cell, block, stage, position, clean, np.zeros(len(cells), dtype=np.int64))
 
 
 def _sorted_once(table: EditTable) -> EditTable:
     """Sorts, and drops repeated edits."""
-    table = table.where(np.lexsort((table.position, table.kind, table.block, table.cell)))
+    table = table.where(np.lexsort((table.position, table.stage, table.block, table.cell)))
     same = np.ones(max(0, len(table.cell) - 1), dtype=bool)
-    for column in (table.cell, table.block, table.kind, table.position):
+    for column in (table.cell, table.block, table.stage, table.position):
         same &= column[1:] == column[:-1]
     if np.any(same & (table.clean[1:] != table.clean[:-1])):
         cell = table.cell[1:][same][0]
@@ -141,14 +133,14 @@ def _settle_last_block(shape: Shape, table: EditTable, mixes_last: bool) -> Edit
     settles = leaves_model & at_last_position
     constant = table.constant.copy()
     constant[table.cell[settles]] = np.where(table.clean[settles], CLEAN_CELL, CORRUPTED_CELL)
-    in_last_block = (table.block == shape.n_layers - 1) & (table.kind != RESIDUAL) & (not mixes_last)
+    in_last_block = (table.block == shape.n_layers - 1) & (table.stage != RESIDUAL) & (not mixes_last)
     is_dead = leaves_model | (in_last_block & ~at_last_position) | (constant[table.cell] != 0)
     return replace(table, constant=constant).where(~is_dead)
 
 
 def _is_noop(shape: Shape, table: EditTable) -> np.ndarray:
     begin, end = shape.span
-    is_embedding = (table.block == 0) & (table.kind == RESIDUAL)
+    is_embedding = (table.block == 0) & (table.stage == RESIDUAL)
     return (table.position < begin) | (is_embedding & (table.position >= end))
 
 

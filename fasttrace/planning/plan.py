@@ -22,7 +22,8 @@ from typing import Literal
 import numpy as np
 
 from fasttrace.experiment.cells import Cell
-from fasttrace.planning.edits import ATTENTION, MLP, RESIDUAL, EditTable, Shape, effective_edits
+from fasttrace.experiment.sites import ATTENTION, MLP, RESIDUAL
+from fasttrace.planning.edits import EditTable, Shape, effective_edits
 
 Layout = Literal["narrow", "suffix", "full"]
 """What a restored row holds: the tokens that pass 8 leaves it, those from its first edit on, or the whole prompt."""
@@ -39,7 +40,7 @@ _NOTHING = -1
 """In tables that are being filled: nothing here so far."""
 
 _CODES_PER_POSITION = 6
-"""Edits that one position can have in a block: three kinds, two sources."""
+"""Edits that one position can have in a block: three stages, two sources."""
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,7 @@ def _tile_rows(shape: Shape, first: np.ndarray, stop: np.ndarray) -> np.ndarray:
 def _signatures(shape: Shape, table: EditTable) -> np.ndarray:
     """[cell, block] a number for the set of edits a cell has in a block, 0 for none."""
     signatures = np.zeros((len(table.constant), shape.n_layers), dtype=np.int64)
-    code = 1 + (table.kind * shape.n_positions + table.position) * 2 + table.clean
+    code = 1 + (table.stage * shape.n_positions + table.position) * 2 + table.clean
     begins = np.flatnonzero(_changes(table.cell * shape.n_layers + table.block))
     signatures[table.cell[begins], table.block[begins]] = code[begins]
     ends = np.append(begins[1:], len(code))
@@ -291,7 +292,7 @@ def _narrowed(shape: Shape, of_cell: np.ndarray, parent: np.ndarray, edits: Edit
     last = np.full_like(parent, _NOTHING)
     np.maximum.at(last, row, edits.position)
     comes_in_edited = np.zeros(len(parent), dtype=bool)
-    comes_in_edited[row[edits.kind == RESIDUAL]] = True
+    comes_in_edited[row[edits.stage == RESIDUAL]] = True
     # The whole one has the earliest last edit: behind the end of any other row neither is edited, so
     # they are alike there. Rows edited in the residual stream come in different: they stand for no other row, and are
     # whole themselves.
@@ -306,7 +307,7 @@ def _narrowed(shape: Shape, of_cell: np.ndarray, parent: np.ndarray, edits: Edit
 
 def _block(shape: Shape, number: int, parents: _Rows, rows: _Rows, edits: EditTable, layout: Layout) -> BlockPlan:
     source, origin = _growth(shape, parents, rows)
-    targets = {kind: _edit_tokens(shape, rows, edits.where(edits.kind == kind)) for kind in range(3)}
+    targets = {stage: _edit_tokens(shape, rows, edits.where(edits.stage == stage)) for stage in range(3)}
     to, taken_from = targets[RESIDUAL]
     carried = source.copy() if len(to) else None
     source[to] = source[taken_from]

@@ -11,6 +11,7 @@ import pandas as pd
 
 from fasttrace.checks import instance, path_of, shown
 from fasttrace.errors import PlanError, StoreError
+from fasttrace.experiment.sites import color_map, short_name
 from fasttrace.files.writing import atomic_write
 from fasttrace.reports.averages import Averages
 from fasttrace.results import figure as plots
@@ -182,7 +183,7 @@ def layer_title(stream: str, window: int) -> str:
         stream: name of the stream.
         window: how many blocks were restored together.
     """
-    name = plots.SHORT_NAMES.get(stream, stream)
+    name = short_name(stream)
     if window > 1:
         return f"center of interval of {window} restored {name} layers"
     return "single restored layer" if stream == "block_output" else f"single restored {name} layer"
@@ -237,7 +238,7 @@ def _fill_scale(averages: Averages, stream: str, high: float) -> Any:
         high = low + max(abs(low) * 1e-3, 1e-12)
     bar = p9.guide_colorbar(nbin=100, display="rectangles")  # a gradient is megabytes in an SVG
     options = {"limits": (low, high), "oob": squish, "labels": plots._number_labels, "guide": bar}
-    return p9.scale_fill_cmap(plots._color(stream), **options)
+    return p9.scale_fill_cmap(color_map(stream), **options)
 
 
 def _layer_scale(averages: Averages, margin: float = 0) -> Any:

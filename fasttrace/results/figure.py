@@ -15,6 +15,7 @@ import pandas as pd
 
 from fasttrace.checks import instance, path_of, whole_number
 from fasttrace.errors import FasttraceError, StoreError
+from fasttrace.experiment.sites import color_map, short_name
 from fasttrace.files.writing import atomic_write
 from fasttrace.results.result import TraceResult
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PlotError", "plot_figure", "plot_stream", "save_figure"]
 
-SHORT_NAMES = {"mlp_activation": "mlp", "mlp_output": "mlp", "attention_output": "attn"}
 FORMATS = (".png", ".pdf", ".svg")
 DPI = (10, 2400)
 """Fewest dots per inch of a PNG, with which letters still have some, and most: 27,000 columns for three panels."""
@@ -188,7 +188,7 @@ def _fill_scale(result: TraceResult, stream: str) -> Any:
         high = low + max(low * 1e-3, 1e-12)
     bar = p9.guide_colorbar(nbin=100, display="rectangles")  # a gradient is megabytes in an SVG
     options = {"limits": (low, high), "oob": squish, "labels": _number_labels, "guide": bar}
-    return p9.scale_fill_cmap(_color(stream), **options)
+    return p9.scale_fill_cmap(color_map(stream), **options)
 
 
 def _number_labels(numbers: Sequence[float]) -> list[str]:
@@ -199,14 +199,6 @@ def _number_labels(numbers: Sequence[float]) -> list[str]:
         if all(abs(float(label) - n) <= tolerance for label, n in zip(labels, numbers, strict=True)):
             return labels
     return [str(number) for number in numbers]
-
-
-def _color(stream: str) -> str:
-    if stream == "block_output":
-        return "Purples"
-    if stream.startswith("mlp_"):
-        return "Greens"
-    return "Reds" if stream == "attention_output" else "Blues"
 
 
 def _look(result: TraceResult, width: float) -> "theme":
@@ -246,7 +238,7 @@ def _height(result: TraceResult) -> float:
 
 
 def _layer_title(result: TraceResult, stream: str) -> str:
-    window, name = result.windows[stream], SHORT_NAMES.get(stream, stream)
+    window, name = result.windows[stream], short_name(stream)
     if window > 1:
         return f"center of interval of {window} restored {name} layers"
     what = "layer" if stream == "block_output" else f"{name} layer"

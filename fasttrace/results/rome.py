@@ -7,13 +7,16 @@ import numpy as np
 
 from fasttrace.checks import shown, whole_number
 from fasttrace.errors import PlanError
+from fasttrace.experiment.sites import SITE
 
 if TYPE_CHECKING:
     from fasttrace.results.result import TraceResult
 
 __all__ = ["rome_arrays", "rome_file_name", "rome_path"]
 
-ROME_KINDS = {"block_output": "", "mlp_activation": "mlp", "mlp_output": "mlp", "attention_output": "attn"}
+ROME_KINDS = {name: site.rome for name, site in SITE.items() if site.rome is not None}
+"""Names in ROME's files of the streams that it knows."""
+
 ROME_WINDOW = 10
 
 

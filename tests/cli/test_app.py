@@ -554,7 +554,7 @@ def said(done):
         (("--target-id", -1), "--target-id is -1"),
         (("--target-id", 1, "--target", "a"), "the target is given twice"),
         (("--target", ""), "the target is empty"),
-        (("--span", "0:2"), "the subject is missing or given twice"),
+        (("--span", "0:2"), "the subject is given twice"),
         (("--no-such-option",), "--no-such-option"),
     ],
 )

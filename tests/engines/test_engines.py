@@ -9,29 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fasttrace.engines import ENGINES, cost_of_job, readout
+from fasttrace.engines import ENGINES, readout
 from fasttrace.engines.job import pack_of_jobs
 from fasttrace.errors import EngineError, NumericsError
 from fasttrace.experiment.cells import SITES, STREAMS, Edit
 from fasttrace.models.hooks import output_hook
 from fasttrace.planning.packs import forget
-from tests.conftest import FAMILIES, N_LAYERS, all_grids, make_job, tiny_anatomy, tiny_model
+from tests.conftest import FAMILIES, N_LAYERS, all_grids, make_job, relative_error, tiny_anatomy, tiny_model
 
 FAST_ENGINES = ("wavefront", "rows")
 
 
 def run(engine, family, job, dtype=torch.float32):
     return ENGINES[engine](tiny_anatomy(family, dtype), job, lambda: None)
-
-
-def relative_error(scores, expected):
-    """Largest relative difference over cells and the distributions of the base runs."""
-    pairs = (
-        (scores.cells, expected.cells),
-        (scores.clean, expected.clean),
-        (scores.corrupted, expected.corrupted),
-    )
-    return max(float(np.abs(a.astype(np.float64) / b - 1).max()) for a, b in pairs if a.size)
 
 
 def assert_all_equal(family, job, tolerance=1e-5, dtype=torch.float32):
@@ -238,7 +228,7 @@ def test_flops_are_those_that_torch_counts(family):
     with FlopCounterMode(display=False) as counter:
         ENGINES["wavefront"](anatomy, job, lambda: None)
     # attention is counted under the causal mask by us and over whole rectangles by torch
-    assert cost_of_job("wavefront", anatomy, job).flops == pytest.approx(counter.get_total_flops(), rel=0.1)
+    assert ENGINES["wavefront"].cost_of(anatomy, job).flops == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
 def test_an_attention_of_the_users_own_is_set_back_afterwards(family):

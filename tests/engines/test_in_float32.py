@@ -19,8 +19,8 @@ from fasttrace.fusing.choose import fused
 from fasttrace.models.anatomy import anatomy_of
 from fasttrace.models.hooks import evaluating
 from tests.conftest import all_grids, make_job
-from tests.engines.test_families import MUTATIONS, best_engine, family_model, skip_if_capless
 from tests.helpers import zoo
+from tests.helpers.families import MUTATIONS, best_engine, family_model, skip_if_capless
 
 IDS = torch.tensor([[5, 9, 13, 21, 34]])
 

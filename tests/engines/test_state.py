@@ -18,7 +18,7 @@ from fasttrace.engines import self_check as select
 from fasttrace.engines.state import state_of
 from tests.conftest import tiny_model
 from tests.helpers.run_facts import facts_of
-from tests.test_api import tracer_with_text
+from tests.helpers.tracers import tracer_with_text
 
 IDS = [7, 12, 33, 45, 60, 21, 58, 40, 9, 3, 14, 15]
 OPTIONS = {"subject": (1, 3), "target": 5, "samples": 2, "window": 3, "noise": 1.0}

@@ -15,7 +15,7 @@ from fasttrace.models.hooks import Replaced, apart, input_hook, output_hook, rep
 from tests.conftest import tiny_model
 from tests.helpers import zoo
 from tests.helpers.run_facts import facts_of
-from tests.test_api import tracer_with_text
+from tests.helpers.tracers import tracer_with_text
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [21, 22, 23, 24, 25, 26, 27], [33, 34, 35, 36, 37, 38, 39, 40]]
 OPTIONS = {"subject": (1, 3), "target": 5, "samples": 2, "window": 3, "noise": 1.0}

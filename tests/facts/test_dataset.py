@@ -474,8 +474,8 @@ def test_a_malformed_row_is_skipped_with_its_reason(change, reason):
 
 
 @pytest.mark.parametrize("row", ["a text", 3, None, [1], ["prompt", "subject"]])
-def test_a_row_that_is_no_object_is_skipped(row):
-    assert "expected an object with prompt and subject" in bad_row(row)
+def test_a_row_that_is_not_a_mapping_is_skipped(row):
+    assert 'a fact must be a mapping with "prompt" and "subject"' in bad_row(row)
 
 
 def test_a_fact_is_checked_like_any_row():
@@ -497,7 +497,7 @@ def test_a_fact_is_checked_like_any_row():
 def test_a_malformed_rewrite_is_skipped_with_its_reason(change, reason):
     case = COUNTERFACT[0]
     assert reason in bad_row({**case, "requested_rewrite": {**case["requested_rewrite"], **change}})
-    assert "requested_rewrite is 'text'" in bad_row({**case, "requested_rewrite": "text"})
+    assert "requested_rewrite is a string, 'text'" in bad_row({**case, "requested_rewrite": "text"})
 
 
 def test_the_second_of_two_equal_ids_is_skipped_and_the_first_one_named():
@@ -724,7 +724,7 @@ def test_a_source_without_facts_is_refused(tmp_path):
     frame = pd.DataFrame([GOOD])[:0]
     frame.to_parquet(tmp_path / "a.parquet")
     for source in (*(tmp_path / name for name in empty), tmp_path / "a.parquet", frame, [], iter(())):
-        with pytest.raises(PromptError, match=r"no facts in .*: it is empty; give at least one good row"):
+        with pytest.raises(PromptError, match=r"no facts in .*: it is empty; give at least one usable row"):
             read_facts(source)
     (tmp_path / "a.csv").write_text("")
     with pytest.raises(StoreError, match="is empty: expected a line with the columns"):

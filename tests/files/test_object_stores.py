@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from fasttrace.cli import app as cli
 from fasttrace.errors import StoreError
 from fasttrace.runs.store import Store
-from tests.runs.test_store import new_store, skipped, traced
+from tests.helpers.records import new_store, skipped, traced
 
 
 @pytest.fixture

@@ -24,8 +24,7 @@ from fasttrace.results.result import load
 from fasttrace.runs.manifest import _checksum
 from fasttrace.runs.parts import DamagedPartError, read_part
 from fasttrace.runs.store import Store
-from tests.results.test_result import make_result, rewrite
-from tests.runs.test_store import FINGERPRINT, skipped, traced
+from tests.helpers.records import FINGERPRINT, make_result, rewrite, skipped, traced
 
 DEEP = json.loads("[" * 60 + "]" * 60)
 NONSENSE = [

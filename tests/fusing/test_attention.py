@@ -143,7 +143,7 @@ def test_blocks_without_births_share_a_layout(kernel):
     anatomy = anatomy_of(zoo.tiny_model("llama"))
     cells = (grid_cells("attention_output", 1, anatomy.n_layers, 9)[5],)
     job = job_of(anatomy)
-    job = Job(job.token_ids, job.corruption, cells, None)
+    job = Job(job.token_ids, job.runs, cells, None)
     state = KernelState(9, job.plan(anatomy.n_layers, wavefront.LAYOUT).blocks)
     states = torch.zeros(1, 4, state.blocks[-1].n_tokens, 8)
     layouts = []
@@ -170,10 +170,10 @@ FAILURES = [
 def failing(kernel, monkeypatch):
     """The kernel fails from its n-th call on."""
     from fasttrace.fusing import attention as kernel_attention
-    from fasttrace.fusing import measure as kernel_choice
+    from fasttrace.fusing import measure
 
     right, calls = kernel_attention.suffix_attention, []
-    kernel_choice._warn.cache_clear()
+    measure._warn.cache_clear()
 
     def make(error, after=0):
         def attention(*args, **options):

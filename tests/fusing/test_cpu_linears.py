@@ -13,7 +13,7 @@ from fasttrace.engines import ENGINES, reference
 from fasttrace.experiment.cells import STREAMS
 from fasttrace.facts.dataset import read_facts
 from fasttrace.fusing import choose as ops
-from fasttrace.fusing import cpu_linears
+from fasttrace.fusing import cpu_linears, measure
 from fasttrace.fusing.choose import fused
 from fasttrace.fusing.cpu_linears import (
     BLOCK_PROBE,
@@ -24,15 +24,15 @@ from fasttrace.fusing.cpu_linears import (
     gelu_in_product,
     onednn_does_bfloat16,
     onednn_is_faster,
+    product_case,
 )
 from fasttrace.models.anatomy import anatomy_of
 from fasttrace.models.hooks import output_hook
 from fasttrace.runs.processes import Ranks
 from fasttrace.runs.run import run
-from tests.conftest import all_grids, make_job, tiny_model
-from tests.engines.test_engines import relative_error
+from tests.conftest import all_grids, make_job, relative_error, tiny_model
 from tests.helpers.run_facts import OPTIONS, facts_of
-from tests.test_api import tracer_with_text
+from tests.helpers.tracers import tracer_with_text
 
 needs_onednn = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch is built without oneDNN"
@@ -53,7 +53,7 @@ def calls(monkeypatch):
 @pytest.fixture(autouse=True)
 def unmeasured(monkeypatch):
     """Nothing has been measured yet."""
-    monkeypatch.setattr(cpu_linears, "_CHOSEN", {})
+    monkeypatch.setattr(measure, "_CHOSEN", {})
 
 
 @needs_onednn
@@ -133,12 +133,13 @@ def test_the_faster_library_is_taken_and_only_if_it_is_as_exact(monkeypatch):
     probe = Probe(16, 32, 64)
     right = cpu_linears.onednn_linear
     times = {right: 1.0, nn.functional.linear: 2.0}
-    monkeypatch.setattr(cpu_linears, "_seconds", lambda linear, *_: times[linear])
+    monkeypatch.setattr(measure, "_seconds", lambda linear, _: times[linear])
     assert onednn_is_faster(91, probe)
     times[right] = 1.95
     assert not onednn_is_faster(92, probe)
     times[right] = 1.0
-    rounded = lambda hidden, weight, bias: right(hidden.bfloat16().float(), weight, bias)  # noqa: E731
+    rounded = lambda hidden, weight: right(hidden.bfloat16().float(), weight)  # noqa: E731
+    times[rounded] = 1.0
     monkeypatch.setattr(cpu_linears, "onednn_linear", rounded)
     assert not onednn_is_faster(93, probe)
 
@@ -166,33 +167,29 @@ def test_gpt2s_turned_weights_are_decided_on_by_themselves(monkeypatch):
 
 
 @needs_onednn
-def test_a_product_is_measured_once_and_processes_settle_on_what_all_found(monkeypatch):
+def test_a_product_is_measured_once(monkeypatch):
     measured = []
-    monkeypatch.setattr(cpu_linears, "_measured", lambda *key: measured.append(key) or True)
+    monkeypatch.setattr(cpu_linears, "_gain", lambda probe: measured.append(probe) or 2.0)
     for _ in range(2):
         assert onednn_is_faster(2, HEAD_PROBE)
         assert onednn_is_faster(2, TURNED_PROBE)
-    assert measured == [(2, HEAD_PROBE), (2, TURNED_PROBE)]
-    cpu_linears.settle([cpu_linears.choices(), {(2, HEAD_PROBE): False, (2, BLOCK_PROBE): False}])
-    assert not onednn_is_faster(2, HEAD_PROBE)
-    assert onednn_is_faster(2, TURNED_PROBE)
-    assert onednn_is_faster(2, BLOCK_PROBE), "not measured here, so not refused here"
+    assert measured == [HEAD_PROBE, TURNED_PROBE]
+    assert onednn_is_faster(3, HEAD_PROBE)
+    assert len(measured) == 3, "other numbers of threads are measured by themselves"
 
 
 @needs_onednn
-def test_a_run_settles_before_it_computes(tmp_path, monkeypatch):
-    monkeypatch.setattr(cpu_linears, "_measured", lambda *_: True)
-    monkeypatch.setattr(ops, "CPU_WIDTH", 1)
-
+def test_a_run_settles_before_it_computes(tmp_path, wide):
     class Other(Ranks):
         """Another process found MKL faster."""
 
         def all(self, work):
             found = super().all(work)
-            return [*found, dict.fromkeys(found[0], False)] if work is cpu_linears.choices else found
+            return [*found, dict.fromkeys(found[0], False)] if work is measure.choices else found
 
     run(tracer_with_text(), read_facts(facts_of(3)), tmp_path / "store", ranks=Other(), **OPTIONS)
-    assert set(cpu_linears.choices().values()) == {False}
+    assert wide
+    assert set(measure.choices().values()) == {False}
 
 
 class Perceptron(nn.Module):
@@ -342,7 +339,7 @@ def wide(monkeypatch):
     monkeypatch.setattr(ops, "CPU_WIDTH", 1)
     monkeypatch.delenv(cpu_linears.VARIABLE, raising=False)
     measured = []
-    monkeypatch.setattr(cpu_linears, "_measured", lambda *key: measured.append(key) or True)
+    monkeypatch.setattr(cpu_linears, "_gain", lambda probe: measured.append(probe) or 2.0)
     return measured
 
 
@@ -354,7 +351,7 @@ REQUEST = {"prompt": [5, 6, 7, 8, 9], "subject": (1, 3), "samples": 1, "window":
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_results_name_the_libraries_that_multiplied(name, choice, wide):
     probe = TURNED_PROBE if name == "gpt2" else BLOCK_PROBE
-    cpu_linears._CHOSEN.update({(1, probe): choice, (1, HEAD_PROBE): not choice})
+    measure._CHOSEN.update({product_case(1, probe): choice, product_case(1, HEAD_PROBE): not choice})
     blocks, head = ("onednn", "mkl") if choice else ("mkl", "onednn")
     result = Tracer(tiny_model(name)).trace(**REQUEST)
     assert result.metadata["cpu_matmul"] == {"blocks": blocks, "head": head}

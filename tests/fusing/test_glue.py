@@ -25,7 +25,7 @@ from fasttrace.engines import ENGINES
 from fasttrace.facts.dataset import read_facts
 from fasttrace.fusing import choose as ops
 from fasttrace.fusing import glue as kernel_glue
-from fasttrace.fusing import measure as kernel_choice
+from fasttrace.fusing import measure
 from fasttrace.fusing import rotary as kernel_rotary
 from fasttrace.fusing.choose import fused
 from fasttrace.fusing.measure import case_of, gain_of, is_taken
@@ -34,10 +34,10 @@ from fasttrace.models.hooks import evaluating, input_hook, output_hook
 from fasttrace.runs.processes import Ranks
 from fasttrace.runs.run import run
 from tests.conftest import all_grids, make_job
-from tests.engines.test_families import best_engine
 from tests.helpers import zoo
+from tests.helpers.families import best_engine
 from tests.helpers.run_facts import OPTIONS, facts_of
-from tests.test_api import tracer_with_text
+from tests.helpers.tracers import tracer_with_text
 
 GATES, TURNS = {"swiglu(silu)": 4}, {"rotary": 4}
 LLAMA = {"rms_norm": 9, **GATES, **TURNS}
@@ -68,9 +68,9 @@ IDS = torch.arange(1, 9)[None]
 @pytest.fixture(autouse=True)
 def anew(monkeypatch):
     """Nothing has been found out yet."""
-    monkeypatch.setattr(kernel_choice, "_CHOSEN", {})
+    monkeypatch.setattr(measure, "_CHOSEN", {})
     monkeypatch.setattr(kernel_glue, "_FOUND", weakref.WeakKeyDictionary())
-    for known in (kernel_choice._warn, kernel_rotary._in_place_of):
+    for known in (measure._warn, kernel_rotary._in_place_of):
         known.cache_clear()
     yield
     kernel_rotary._in_place_of.cache_clear()
@@ -98,7 +98,7 @@ def calls(monkeypatch):
     counted(kernel_rotary, "rotary", lambda *_, backend=None: "rotary")
     monkeypatch.setattr(ops, "GLUE_DEVICES", ("cuda", "cpu"))
     monkeypatch.setattr(ops, "find_spec", lambda name: "as if it were there" if name == "triton" else None)
-    monkeypatch.setattr(kernel_choice, "speedup", lambda *_: 2.0)
+    monkeypatch.setattr(measure, "speedup", lambda *_: 2.0)
     return seen
 
 
@@ -273,7 +273,7 @@ def test_only_dense_models_on_devices_with_triton_are_changed(calls, monkeypatch
     with fused(anatomy, fuse=False):
         assert rotary_of(anatomy) is own
         assert not replaced_in(anatomy.model)
-    assert not kernel_choice.choices()
+    assert not measure.choices()
     fused_logits(anatomy_of(zoo.tiny_model("llama", torch.float64)))
     assert not +calls
 
@@ -357,7 +357,7 @@ def test_a_kernel_with_other_numbers_is_left_out(calls, monkeypatch, caplog):
 
 
 def test_a_kernel_that_is_not_clearly_faster_is_left_out(calls, monkeypatch):
-    monkeypatch.setattr(kernel_choice, "speedup", lambda *_: 1.04)
+    monkeypatch.setattr(measure, "speedup", lambda *_: 1.04)
     anatomy = anatomy_of(zoo.tiny_model("llama"))
     fused_logits(anatomy)
     calls.clear()
@@ -369,12 +369,12 @@ def test_a_kernel_that_is_not_clearly_faster_is_left_out(calls, monkeypatch):
 
 def test_a_kernel_is_measured_once_for_a_size(calls, monkeypatch):
     measured = []
-    monkeypatch.setattr(kernel_choice, "speedup", lambda kernel, own, inputs: measured.append(inputs[0].shape) or 2.0)
+    monkeypatch.setattr(measure, "speedup", lambda kernel, own, inputs: measured.append(inputs[0].shape) or 2.0)
     for name in ("llama", "mistral", "qwen3"):
         anatomy = anatomy_of(zoo.tiny_model(name))
         fused_logits(anatomy)
         fused_logits(anatomy)
-    tokens = kernel_choice.TOKENS
+    tokens = measure.TOKENS
     assert measured == [(tokens, 32), (tokens, 96), (1, 4, tokens, 8), (4 * tokens, 8)]
     fused_logits(anatomy_of(zoo.tiny_model("llama", intermediate_size=40)))
     assert measured[4:] == [(tokens, 80)]
@@ -395,7 +395,7 @@ def test_the_faster_of_two_is_told():
 def test_processes_settle_on_what_all_take():
     cases = [case_of(kind, (7,), torch.float32, torch.device("cpu")) for kind in "abc"]
     assert all(is_taken(case, lambda: 2.0) for case in cases[:2])
-    kernel_choice.settle([kernel_choice.choices(), {cases[0]: False, cases[2]: False}])
+    measure.settle([measure.choices(), {cases[0]: False, cases[2]: False}])
     found = [is_taken(case, lambda: 2.0) for case in cases]
     assert found == [False, False, True], "one was left out there, one was not even compared"
 
@@ -406,11 +406,11 @@ def test_a_run_settles_before_it_computes(tmp_path, calls):
 
         def all(self, work):
             found = super().all(work)
-            return [*found, dict.fromkeys(found[0], False)] if work is kernel_choice.choices else found
+            return [*found, dict.fromkeys(found[0], False)] if work is measure.choices else found
 
     run(tracer_with_text("llama"), read_facts(facts_of(3)), tmp_path / "store", ranks=Other(), **OPTIONS)
-    assert {case.kind for case in kernel_choice.choices()} == LLAMA.keys()
-    assert not any(kernel_choice.choices().values())
+    assert {case.kind for case in measure.choices()} == LLAMA.keys()
+    assert not any(measure.choices().values())
 
 
 def test_heads_before_tokens_are_normed_where_they_lie(calls):
@@ -517,7 +517,7 @@ def test_a_kernel_that_runs_out_of_memory_is_not_left_out(calls, monkeypatch):
         monkeypatch.setattr(kernel_glue, "rms_norm", raising(torch.OutOfMemoryError("CUDA out of memory. Tried")))
         with pytest.raises(torch.OutOfMemoryError):
             logits_of(anatomy.model)
-    assert all(kernel_choice.choices().values())
+    assert all(measure.choices().values())
 
 
 @pytest.mark.gpu
@@ -525,12 +525,12 @@ def test_a_kernel_that_runs_out_of_memory_is_not_left_out(calls, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "phi3"])
 def test_on_a_gpu_grids_with_kernels_are_those_without(name, dtype, monkeypatch):
-    monkeypatch.setattr(kernel_choice, "CLEARLY", 0.0)
+    monkeypatch.setattr(measure, "CLEARLY", 0.0)
     sizes = {"hidden_size": 512, "head_dim": 64, "num_attention_heads": 8, "intermediate_size": 1536}
     model = zoo.tiny_model(name, dtype, **sizes).cuda()
     options = {"subject": (2, 6), "target": 9, "samples": 4, "noise": 1.0}
     by_kernel, plain = (Tracer(model, fuse=fuse).trace(list(range(1, 25)), **options) for fuse in (True, False))
-    taken = {case.kind.partition("(")[0] for case, is_taken in kernel_choice.choices().items() if is_taken}
+    taken = {case.kind.partition("(")[0] for case, is_taken in measure.choices().items() if is_taken}
     assert taken == {"rms_norm", "swiglu", "rotary"}
     for stream in plain.streams:
         grids = by_kernel.grid(stream), plain.grid(stream)

@@ -12,15 +12,16 @@ import torch
 from tokenizers.models import BPE
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 import fasttrace
 from fasttrace import StoreError
+from fasttrace.cli import app as cli
 from fasttrace.facts.dataset import read_facts
 from fasttrace.models.identity import digests, identity_of, shown_name, tokenizer_digests, weights_digest
 from fasttrace.runs.manifest import differences
 from fasttrace.runs.run import run
 from fasttrace.runs.store import Store
-from tests.cli.test_app import run as fasttrace_command
 from tests.conftest import tiny_model
 from tests.helpers.run_facts import FLAGS, OPTIONS, Launcher, facts_of, save_model, write_facts
 from tests.helpers.tokenizers import Slow, byte_level, sentencepiece_like
@@ -28,6 +29,10 @@ from tests.helpers.zoo import INSTALLED
 
 FACTS = read_facts(facts_of(3))
 TRACE = ("The Space Needle is in", "--subject", "The Space Needle", "--samples", 1, "--noise", 1.0, "--device", "cpu")
+
+
+def fasttrace_command(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")

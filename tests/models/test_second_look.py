@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 import fasttrace
-from fasttrace.engines import ENGINES, PACKING, reference
+from fasttrace.engines import ENGINES, reference
 from fasttrace.engines import self_check as select
 from fasttrace.engines.job import Job
 from fasttrace.experiment.cells import Edit, grid_cells
-from fasttrace.experiment.corruption import Corruption, draw
+from fasttrace.experiment.corruption import Runs, draw
 from fasttrace.models.anatomy import anatomy_of
 from fasttrace.models.second_look import neutral_token
 from tests.helpers import zoo
@@ -111,7 +111,7 @@ def test_corrupted_and_restored_runs_know_no_subject_but_its_noised_embedding(na
     np.testing.assert_allclose(one.corrupted, other.corrupted, rtol=1e-5)
     np.testing.assert_allclose(one.cells, other.cells, rtol=1e-5)
     assert np.abs(one.clean - other.clean).max() > 1e-4, "the clean runs see the subject, or the test says nothing"
-    seeing = [replace(job, corruption=replace(job.corruption, neutral=None)) for job in jobs]
+    seeing = [replace(job, runs=replace(job.runs, neutral=None)) for job in jobs]
     one, other = (run(engine, anatomy, job) for job in seeing)
     assert np.abs(one.corrupted - other.corrupted).max() > 1e-5, "the second look must matter"
 
@@ -137,7 +137,7 @@ def test_the_reference_swaps_ids_for_what_a_person_would_write_by_hand():
 
     def noised(_module, _inputs, output):
         output = output.double()
-        output[0, 2:4] += job.corruption.noise[1]
+        output[0, 2:4] += job.runs.noise[1]
         return output.float()
 
     def without_subject(_module, _inputs, output):
@@ -179,7 +179,7 @@ def test_prompts_of_several_lengths_share_a_pass_of_a_model_that_looks_twice(nam
         job_on(anatomy, [45, 3, 8, 30, 2, 12, 44], (0, 1)),
     ]
     assert select.prompts_share_passes(anatomy, "wavefront")
-    for job, given in zip(jobs, PACKING["wavefront"](anatomy, jobs, lambda: None), strict=True):
+    for job, given in zip(jobs, ENGINES["wavefront"].run_jobs(anatomy, jobs, lambda: None), strict=True):
         expected = reference.run(anatomy, job, lambda: None, rows=1000)
         np.testing.assert_allclose(given.cells, expected.cells, rtol=2e-4)
 
@@ -260,11 +260,11 @@ def test_the_noise_keeps_its_bits():
     beside = draw((0, 3), 5, sigma=1.0, samples=2, seed=7, neutral=1)
     assert torch.equal(plain.noise, beside.noise)
     ids = torch.tensor([4, 5, 6, 7])
-    assert beside.seen_elsewhere(ids).tolist() == [1, 1, 1, 7]
-    assert plain.seen_elsewhere(ids) is ids
+    assert beside.seen(ids).tolist() == [[1, 1, 1, 7]] * 2
+    assert plain.seen(ids).tolist() == [ids.tolist()] * 2
     embeddings = torch.randn(1, 4, 5).expand(3, -1, -1)
-    assert torch.equal(plain.added_to(embeddings), beside.added_to(embeddings))
+    assert torch.equal(plain.embedded(embeddings), beside.embedded(embeddings))
 
 
 def test_a_corruption_made_by_hand_needs_no_neutral_token():
-    assert Corruption((0, 1), 1.0, 0, torch.zeros(1, 1, 4)).neutral is None
+    assert Runs((0, 1), torch.zeros(1, 1, 4)).neutral is None

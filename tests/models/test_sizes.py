@@ -15,7 +15,7 @@ from fasttrace.engines import self_check as select
 from fasttrace.errors import EngineError, NumericsError
 from fasttrace.models.anatomy import anatomy_of
 from fasttrace.models.loading import load
-from tests.conftest import all_grids, make_job
+from tests.conftest import all_grids, loads_in_blocks, make_job
 from tests.helpers.two_devices import device_map_of
 from tests.helpers.zoo import INSTALLED, tiny_model
 
@@ -60,11 +60,6 @@ def offloaded(family, way, folder):
 
 def loaded_weights(model):
     return [name for name, parameter in model.named_parameters() if not parameter.is_meta]
-
-
-def loads_in_blocks(anatomy, loads):
-    inside = {module for block in anatomy.blocks for module in block.modules()}
-    return {place: count for place, count in loads.items() if place[0] in inside and count}
 
 
 @pytest.mark.filterwarnings("ignore:The following device_map keys do not match")  # but buffers, in gemma3n

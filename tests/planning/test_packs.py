@@ -15,7 +15,7 @@ from fasttrace.planning.on_device import tables_of
 from fasttrace.planning.packs import pack_of, peak_tokens
 from fasttrace.planning.plan import plan_cells
 from tests.conftest import N_LAYERS, all_grids, make_job, tiny_anatomy
-from tests.engines.test_families import OWN_ATTENTION, RECURRENT
+from tests.helpers.families import OWN_ATTENTION, RECURRENT
 from tests.helpers.zoo import LISTED, tiny_model
 
 SHAPES = ((7, (1, 4), 2), (5, (0, 2), 1), (7, (1, 4), 2), (7, (3, 6), 1), (1, (0, 1), 1), (9, (2, 3), 3))
@@ -55,7 +55,7 @@ def test_prompts_share_a_pass_in_every_family_of_the_wavefront(name):
     """Windows, soft caps, learnt and rotary positions, shared keys, latent attention, experts."""
     anatomy = anatomy_of(tiny_model(name))
     jobs = [
-        Job(job.token_ids % 60 + 1, job.corruption, grids_of(anatomy, len(job.token_ids)), None)
+        Job(job.token_ids % 60 + 1, job.runs, grids_of(anatomy, len(job.token_ids)), None)
         for job in (make_job(*shape, d_model=anatomy.d_model) for shape in SHAPES)
     ]
     for scores, job in zip(wavefront.run_jobs(anatomy, jobs, lambda: None), jobs, strict=True):

@@ -21,7 +21,7 @@ from plotnine import ggplot
 from plotnine.composition import Compose
 
 from fasttrace.reports import average_figures as average_plots
-from tests.reports.test_averages import STREAMS, facts, make_result, record
+from tests.helpers.averaged import STREAMS, facts, make_result, record
 
 FOUR = {"block_output": 1, "mlp_activation": 10, "attention_output": 10, "query_output": 1}
 

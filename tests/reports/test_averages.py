@@ -7,46 +7,8 @@ import pandas as pd
 import pytest
 
 from fasttrace.errors import PlanError, StoreError
-from fasttrace.facts.dataset import Fact
-from fasttrace.planning.cost import Cost
 from fasttrace.reports.averages import ROLES, average, token_roles
-from fasttrace.results.record import Record
-from fasttrace.results.result import TraceResult
-
-STREAMS = ("block_output", "mlp_activation", "attention_output")
-WINDOWS = {"block_output": 1, "mlp_activation": 10, "attention_output": 10}
-N_LAYERS = 4
-SHAPES = [((0, 3), 7), ((2, 3), 6), ((1, 5), 6), ((0, 2), 2), ((0, 1), 2), ((3, 4), 9), ((0, 6), 12)]
-
-
-def make_result(span=(0, 3), n_positions=7, seed=0, n_layers=N_LAYERS, streams=STREAMS, **changes):
-    random = np.random.default_rng(seed)
-    fields = {
-        "prob": {stream: random.random((n_layers, n_positions)) for stream in streams},
-        "prob_std": {stream: np.zeros((n_layers, n_positions)) for stream in streams},
-        "clean_prob": random.random(),
-        "corrupted_prob": random.random() / 10,
-        "corrupted_std": 0.0,
-        "tokens": tuple(f" t{i}" for i in range(n_positions)),
-        "token_ids": tuple(range(n_positions)),
-        "span": span,
-        "target": " Paris",
-        "target_id": 5,
-        "top": {},
-        "windows": {stream: WINDOWS[stream] for stream in streams},
-        "cost": Cost(0, 0.0, 0.0, 0),
-        "metadata": {"model": "gpt2-xl"},
-    }
-    return TraceResult(**{**fields, **changes})
-
-
-def record(result=None, name="1", **changes):
-    return Record(Fact(name, "a b c", "b"), result, **changes)
-
-
-def facts(n=20):
-    shapes = itertools.islice(itertools.cycle(SHAPES), n)
-    return [record(make_result(span, size, seed), str(seed)) for seed, (span, size) in enumerate(shapes)]
+from tests.helpers.averaged import N_LAYERS, SHAPES, STREAMS, facts, make_result, record
 
 
 def one_role(values_by_fact):
@@ -110,7 +72,7 @@ def test_a_subject_outside_the_prompt_is_refused(span):
 def test_means_and_counts_are_those_of_an_obvious_loop(value):
     records = facts()
     seen: dict = {}
-    for result in (record.result for record in records):
+    for result in (each.result for each in records):
         roles = token_roles(result.span, result.n_positions)
         for stream, layer, position in itertools.product(STREAMS, range(N_LAYERS), range(result.n_positions)):
             role = ROLES[roles[position].argmax()]

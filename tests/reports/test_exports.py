@@ -12,8 +12,7 @@ from fasttrace.files.names import RESERVED, is_plain
 from fasttrace.reports.exports import EXPORTS, export
 from fasttrace.results.record import Record
 from fasttrace.runs.store import Store
-from tests.results.test_result import make_result
-from tests.runs.test_store import FINGERPRINT, fact, result_of, skipped, traced
+from tests.helpers.records import FINGERPRINT, fact, make_result, result_of, skipped, traced
 
 
 def store_of(path, *records):

@@ -17,7 +17,7 @@ from fasttrace.reports import page as report
 from fasttrace.reports.averages import average
 from fasttrace.reports.page import write_report
 from fasttrace.results.record import Record
-from tests.reports.test_averages import STREAMS, make_result, record
+from tests.helpers.averaged import STREAMS, make_result, record
 
 pytest.importorskip("plotly")
 

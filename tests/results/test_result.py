@@ -14,42 +14,9 @@ from hypothesis.extra import numpy as hnp
 from fasttrace.errors import PlanError, StoreError
 from fasttrace.files.writing import FORMAT_VERSION, atomic_write
 from fasttrace.planning.cost import Cost
-from fasttrace.results.result import TraceResult, load
+from fasttrace.results.result import load
 from fasttrace.results.rome import rome_file_name
-
-STREAMS = ("block_output", "mlp_activation", "attention_output")
-TOKENS = ("The", " Space", " Need", "le", " is", "\n", " 東京")
-N_LAYERS = 5
-
-
-def make_result(**changes):
-    random = np.random.default_rng(0)
-    shape = (N_LAYERS, len(TOKENS))
-    fields = {
-        "prob": {stream: random.random(shape) for stream in STREAMS},
-        "prob_std": {stream: random.random(shape) / 10 for stream in STREAMS},
-        "clean_prob": 0.97638,
-        "corrupted_prob": 0.026176,
-        "corrupted_std": 0.01,
-        "tokens": TOKENS,
-        "token_ids": tuple(range(100, 107)),
-        "span": (0, 4),
-        "target": " Seattle",
-        "target_id": 7312,
-        "top": {
-            "clean": ((7312, " Seattle", 0.97638), (11, ",", 0.0015)),
-            "corrupted": ((5401, " Los", 0.033), (7312, " Seattle", 0.026176)),
-        },
-        "windows": {"block_output": 1, "mlp_activation": 10, "attention_output": 10},
-        "cost": Cost(rows=70, token_blocks=123.5, full_token_blocks=700.0, flops=10**12),
-        "metadata": {
-            "model": "gpt2-xl",
-            "prompt": "The Space Needle",
-            "sigma": 0.13462981581687927,
-            "seed": 1,
-        },
-    }
-    return TraceResult(**{**fields, **changes})
+from tests.helpers.records import N_LAYERS, STREAMS, TOKENS, make_result, rewrite
 
 
 def one_stream(prob, **changes):
@@ -369,14 +336,6 @@ def test_a_parquet_file_of_someone_else_is_refused(tmp_path):
     make_result().to_frame().to_parquet(tmp_path / "frame.parquet")
     with pytest.raises(StoreError, match="without fasttrace's metadata"):
         load(tmp_path / "frame.parquet")
-
-
-def rewrite(path, change):
-    table = pq.read_table(path)
-    payload = json.loads(table.schema.metadata[b"fasttrace"])
-    stored = change(payload)
-    stored = stored if isinstance(stored, bytes) else json.dumps(payload).encode()
-    pq.write_table(table.replace_schema_metadata({b"fasttrace": stored}), path)
 
 
 def test_a_newer_format_asks_for_an_upgrade(tmp_path):

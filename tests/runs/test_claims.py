@@ -24,7 +24,7 @@ from fasttrace.runs.processes import Patience, Ranks
 from fasttrace.runs.run import _Run, run
 from fasttrace.runs.store import Store
 from tests.helpers.run_facts import FLAGS, OPTIONS, SMALL, Launcher, facts_of, one_of_each, save_model, write_facts
-from tests.test_api import tracer_with_text
+from tests.helpers.tracers import tracer_with_text
 
 FACTS = facts_of(60)
 DAY = 25 * 3600.0

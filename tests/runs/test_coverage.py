@@ -18,7 +18,7 @@ from fasttrace.runs import shelf
 from fasttrace.runs import store as stores
 from fasttrace.runs.parts import read_part
 from fasttrace.runs.store import Store
-from tests.runs.test_store import FINGERPRINT, fact, flip, result_of, skipped, traced
+from tests.helpers.records import FINGERPRINT, fact, flip, result_of, skipped, traced
 
 pytest.importorskip("plotly")
 

@@ -17,6 +17,7 @@ from fasttrace.runs.claims import CLAIMS
 from fasttrace.runs.leases import Worker
 from fasttrace.runs.run import run
 from fasttrace.runs.store import Store
+from tests.helpers.records import flip
 from tests.helpers.run_facts import (
     FLAGS,
     OPTIONS,
@@ -32,7 +33,6 @@ from tests.helpers.run_facts import (
     torchrun,
     write_facts,
 )
-from tests.runs.test_store import flip
 
 pytestmark = pytest.mark.slow
 

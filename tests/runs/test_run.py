@@ -13,6 +13,7 @@ from fasttrace.facts.dataset import Fact, FactSet, read_facts
 from fasttrace.models.identity import digests
 from fasttrace.runs.run import run
 from fasttrace.runs.store import Store
+from tests.helpers.records import flip
 from tests.helpers.run_facts import (
     OPTIONS,
     SMALL,
@@ -22,8 +23,7 @@ from tests.helpers.run_facts import (
     one_of_each,
     write_facts,
 )
-from tests.runs.test_store import flip
-from tests.test_api import tracer_with_text
+from tests.helpers.tracers import tracer_with_text
 
 FACTS = read_facts(facts_of(30))
 SAME = OPTIONS | {"budget": SMALL}

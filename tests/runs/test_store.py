@@ -23,48 +23,11 @@ from fasttrace.runs import store as stores
 from fasttrace.runs.manifest import STORE_VERSION
 from fasttrace.runs.parts import FACT_COLUMNS, encode_part, part_name
 from fasttrace.runs.store import Store
-from tests.results.test_result import STREAMS, make_result
-
-FINGERPRINT = {
-    "model": "gpt2-xl",
-    "revision": "abc",
-    "sigma": 0.13462981581687927,
-    "samples": 10,
-    "streams": STREAMS,
-    "windows": {"mlp_activation": 10, "attention_output": 10},
-    "versions": {"torch": "2.7.0"},
-}
-
-
-def fact(name, **changes):
-    return Fact(**{"id": str(name), "prompt": f"Fact {name} is in", "subject": f"Fact {name}"} | changes)
-
-
-def result_of(name, **changes):
-    probs = np.random.default_rng(sum(map(ord, str(name))))
-    return make_result(**{"prob": {stream: probs.random((5, 7)) for stream in STREAMS}} | changes)
-
-
-def traced(name, **changes):
-    return Record(fact(name), result_of(name, **changes), correct=True)
-
-
-def skipped(name):
-    return Record(fact(name, target="Paris", foil="Rome", relation="P17"), reason="no subject", correct=None)
-
-
-def new_store(path):
-    return Store.open(path / "run", FINGERPRINT)
+from tests.helpers.records import FINGERPRINT, STREAMS, fact, flip, make_result, new_store, result_of, skipped, traced
 
 
 def ids(store):
     return [record.fact.id for record in store.records()]
-
-
-def flip(path, offset, bit=0):
-    content = bytearray(path.read_bytes())
-    content[offset] ^= 1 << bit
-    path.write_bytes(content)
 
 
 def everything_in(folder):
