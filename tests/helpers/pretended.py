@@ -114,9 +114,8 @@ class _Functions(TorchFunctionMode):
         if name == "pin_memory":
             gpu.pinned.append(args[0].clone())
             return gpu.pinned[-1]
-        given: Any = tree_map(_numbered, (args, kwargs), is_leaf=lambda x: isinstance(x, list))
-        args, kwargs = given
-        return self._with_numbers(gpu, function, name, args, kwargs)
+        numbered: Any = tree_map(_numbered, (args, kwargs), is_leaf=lambda x: isinstance(x, list))
+        return self._with_numbers(gpu, function, name, *numbered)
 
     def _with_numbers(self, gpu: "PretendedCuda", function: Any, name: str, args: tuple, kwargs: dict) -> Any:
         if function is torch.tensor and kwargs.get("device") == DEVICE:
