@@ -2,10 +2,10 @@
 
     python -m bench.host
 
-The first table is of a model so narrow that arithmetic is little; what there is of it is in the plain forward of as many
-tokens too. The pass is the one a GPU gets: the attention kernel is a stand-in that returns memory, and modules compute
-as they are. Rounds take turns. A second trace of a known shape is meant: plans and packs are kept. The second table is
-of plans, packs, tables and layouts that nothing has been kept of. The last line is JSON.
+The first table is of a model so narrow that arithmetic is little; what there is of it is in the plain forward of as
+many tokens too. The pass is the one a GPU gets: the attention kernel is a stand-in that returns memory, and modules
+compute as they are. Rounds take turns. A second trace of a known shape is meant: plans and packs are kept. The second
+table is of plans, packs, tables and layouts that nothing has been kept of. The last line is JSON.
 """
 
 import argparse

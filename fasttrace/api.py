@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 from torch import nn
 
-from fasttrace.checks import flag, function, memory_told, span_of, text, token_ids, whole_number
+from fasttrace.checks import function, memory_told
 from fasttrace.engines.memory import Budget, check_samples, tokens_allowed
 from fasttrace.engines.passes import Progress
 from fasttrace.engines.self_check import EngineChoice, choose
 from fasttrace.engines.state import follow, state_of
-from fasttrace.errors import FasttraceError, ModelError, PlanError, PromptError
+from fasttrace.errors import FasttraceError, ModelError, PlanError
 from fasttrace.experiment.cells import windows_of
 from fasttrace.experiment.corruption import sigma_of
 from fasttrace.experiment.settings import ManyOptions, Settings, TraceOptions, engine_name, takes
@@ -362,14 +362,14 @@ class Tracer:
         anatomy = self._anatomy
         return encode(
             self.tokenizer,
-            _text("prompt", prompt) if isinstance(prompt, str) else token_ids("prompt", prompt),
-            _text("subject", subject) if isinstance(subject, str) else span_of("subject", subject),
-            _target(target),
+            prompt,
+            subject,
+            target,
             vocabulary=anatomy.vocabulary,
             max_positions=anatomy.max_positions,
             subject_start=subject_start,
-            first_target_token=flag("first_target_token", first_target_token, error=PromptError),
-            tell=flag("tell", tell, error=PromptError),
+            first_target_token=first_target_token,
+            tell=tell,
         )
 
     def windows(self, streams: Sequence[str] | None, window: int) -> dict[str, int]:
@@ -402,19 +402,6 @@ class Tracer:
         about |= {"trust_remote_code": True} if self.trust_remote_code else {}
         budget = Budget(tokens_allowed(self._anatomy, settings.budget))
         return Study(self._anatomy, self.tokenizer, settings, windows, sigma, choice, self.fuse, budget, about)
-
-
-def _text(name: str, value: str) -> str:
-    """What prompt, subject and target may hold is judged where they are tokenized."""
-    return text(name, value, error=PromptError, empty=True)
-
-
-def _target(target: Any) -> str | int | None:
-    if target is None:
-        return None
-    if isinstance(target, str):
-        return _text("target", target)
-    return whole_number("target", target, meaning="a token id; or give text", error=PromptError)
 
 
 def _check_sigma(noise: float | str, sigma: float, dtype: torch.dtype) -> None:
