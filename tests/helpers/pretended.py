@@ -42,6 +42,7 @@ READS = (
     "is_nonzero",
 )
 """Operations whose result is a value on the host, or has a size that depends on values."""
+VALUES = ("__int__", "__index__", "__float__", "__bool__", "item", "tolist")
 NO_LAUNCH = (
     "_unsafe_view",
     "empty",
@@ -122,6 +123,10 @@ class _Functions(TorchFunctionMode):
             return function(*args, **(kwargs | {"device": "cpu"})).to(DEVICE)
         if name in ("__getitem__", "__setitem__") and isinstance(args[0], Placed):
             return gpu.indexed(function, *args)
+        if name in VALUES and isinstance(args[0], Placed):
+            gpu.note("wait", name)
+            with outside():
+                return function(args[0].inner, *args[1:])
         if name == "copy_" and any(isinstance(x, Placed) for x in args):  # as indexing
             with outside():
                 return gpu.computed(aten.copy_.default, args, kwargs)
