@@ -24,6 +24,7 @@ from fasttrace.models.anatomy import Anatomy, anatomy_of, module_paths
 from fasttrace.models.arguments import check_model, check_modules, checked_label, checked_name, explain_call
 from fasttrace.models.identity import identity_of, shown_name
 from fasttrace.models.loading import load
+from fasttrace.prompts.pairs import with_counterfactual, with_foil
 from fasttrace.prompts.prompt import Prompt, encode, subjects_of
 from fasttrace.prompts.tokenization import check_tokenizer
 from fasttrace.results.record import Record
@@ -193,8 +194,10 @@ class Tracer:
         self,
         prompt: str | Sequence[int],
         *,
-        subject: str | tuple[int, int],
+        subject: str | tuple[int, int] | None = None,
         target: str | int | None = None,
+        counterfactual: str | Sequence[Any] | None = None,
+        foil: str | int | None = None,
         progress: Progress | None = None,
         **options: Unpack[TraceOptions],
     ) -> TraceResult:
@@ -203,12 +206,17 @@ class Tracer:
         Args:
             prompt: text, or token ids.
             subject: text that occurs once in the prompt as a whole word, or else once; or a half-open token span, as a
-                pair, a range or a slice.
+                pair, a range or a slice. Needed for noise; with a counterfactual only shown.
             target: text of one token behind the prompt (a space is put before it where running text has one), a token
                 id, or None for the clean run's top token.
+            counterfactual: another prompt of as many tokens (text or token ids), or several: these are the corrupted
+                runs, and there is no noise. Without a subject the span goes from the first to the last token
+                that differs.
+            foil: an answer that the target is compared with, given as the target is.
             streams: sites whose clean values are restored, one grid each; None: those of the figure that the model
                 has, see `streams`.
-            window: blocks restored together, except in the residual stream (one block).
+            window: blocks restored together, except in the residual stream (one block); None: 10 with noise, 1 with a
+                counterfactual.
             noise: standard deviation of the noise on the subject's embeddings, or "s3" for 3 x that of the
                 embedding outputs of the subject's tokens.
             noise_subjects: subjects (text or token ids) to measure for "s3" in place of the prompt's own.
@@ -231,17 +239,35 @@ class Tracer:
         settings = Settings(**options)
         function("progress", progress)
         with memory_told("tracing"):
-            return self._trace(settings, prompt, subject, target, progress)
+            asked = {"subject": subject, "target": target, "counterfactual": counterfactual, "foil": foil}
+            return self._trace(settings, prompt, asked, progress)
 
     def _trace(
-        self, settings: Settings, prompt: Any, subject: Any, target: Any, progress: Progress | None
+        self, settings: Settings, prompt: Any, asked: Mapping[str, Any], progress: Progress | None
     ) -> TraceResult:
-        windows = self.windows(settings.streams, settings.window)
-        encoded = self.encode(prompt, subject, target, first_target_token=settings.first_target_token)
-        check_samples(self._anatomy, settings.samples, windows, [encoded])
-        study = self._study(settings, windows, [encoded.token_ids[slice(*encoded.span)]])
+        encoded, pair = self._encoded(prompt, settings, asked), asked.get("counterfactual") is not None
+        windows = self.windows(settings.streams, settings.width(pair))
+        if not pair:
+            check_samples(self._anatomy, settings.samples, windows, [encoded])
+        study = self._study(settings, windows, None if pair else [encoded.token_ids[slice(*encoded.span)]])
         ((scores, cost),) = study.scores([study.job(encoded)], progress=progress)
         return study.result(encoded, scores, cost)
+
+    def _encoded(self, prompt: Any, settings: Settings, asked: Mapping[str, Any]) -> Prompt:
+        """A prompt with what it is compared with."""
+        subject, counterfactual, first = asked["subject"], asked["counterfactual"], settings.first_target_token
+        if subject is None and counterfactual is None:
+            raise PromptError(
+                "neither subject nor counterfactual is given: name the subject, whose embeddings get noise, or a "
+                "counterfactual prompt of as many tokens"
+            )
+        vocabulary = self._anatomy.vocabulary
+        encoded = self.encode(prompt, subject, asked["target"], first_target_token=first)
+        if counterfactual is not None:
+            encoded = with_counterfactual(self.tokenizer, encoded, counterfactual, vocabulary)
+        if asked["foil"] is not None:
+            encoded = with_foil(self.tokenizer, encoded, asked["foil"], vocabulary, first)
+        return encoded
 
     @takes(ManyOptions)
     def trace_many(
@@ -332,7 +358,7 @@ class Tracer:
         """
         if settings.require_correct:
             check_answers(facts)
-        windows = self.windows(settings.streams, settings.window)
+        windows = self.windows(settings.streams, settings.width())
         tokens_allowed(self._anatomy, settings.budget)
         encoded, refused = encoded_facts(facts.facts, self._encode_fact, settings.strict)
         check_samples(self._anatomy, settings.samples, windows, [each.prompt for each in encoded])
@@ -363,7 +389,7 @@ class Tracer:
         return encode(
             self.tokenizer,
             _text("prompt", prompt) if isinstance(prompt, str) else token_ids("prompt", prompt),
-            _text("subject", subject) if isinstance(subject, str) else span_of("subject", subject),
+            _subject(subject),
             _target(target),
             vocabulary=anatomy.vocabulary,
             max_positions=anatomy.max_positions,
@@ -384,14 +410,17 @@ class Tracer:
             self._anatomy.modules_at(site)
         return windows
 
-    def _study(self, settings: Settings, windows: Mapping[str, int], subjects: Sequence[Any]) -> Study:
+    def _study(self, settings: Settings, windows: Mapping[str, int], subjects: Sequence[Any] | None) -> Study:
         """The settings bound to the model: with its engine, and the noise measured on subjects if they name none.
+
+        Subjects are None where there is no noise.
 
         Raises:
             PlanError: subjects that the noise cannot be measured on, or noise beyond the model's dtype.
             EngineError: an unknown engine, or none that passes the self-check.
         """
-        noise, subjects = settings.noise, settings.noise_subjects or subjects
+        noise = 0.0 if subjects is None else settings.noise
+        subjects = settings.noise_subjects or subjects
         ids = subjects_of(self.tokenizer, subjects, self._anatomy.vocabulary) if isinstance(noise, str) else []
         if not isinstance(noise, str):
             _check_sigma(noise, noise, self.dtype)
@@ -407,6 +436,12 @@ class Tracer:
 def _text(name: str, value: str) -> str:
     """What prompt, subject and target may hold is judged where they are tokenized."""
     return text(name, value, error=PromptError, empty=True)
+
+
+def _subject(subject: Any) -> str | tuple[int, int] | None:
+    if subject is None:
+        return None
+    return _text("subject", subject) if isinstance(subject, str) else span_of("subject", subject)
 
 
 def _target(target: Any) -> str | int | None:

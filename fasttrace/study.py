@@ -9,7 +9,7 @@ process, with the same numbers.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -24,12 +24,13 @@ from fasttrace.engines.readout import Scores
 from fasttrace.engines.self_check import EngineChoice, confirm, prompts_share_passes
 from fasttrace.errors import NumericsError, PromptError
 from fasttrace.experiment.cells import Cell, grid_cells
-from fasttrace.experiment.corruption import draw
+from fasttrace.experiment.corruption import Corruption, Counterfactual, Embedder, Noise
 from fasttrace.experiment.settings import Settings
 from fasttrace.facts.dataset import Fact
 from fasttrace.models.anatomy import Anatomy, module_paths
 from fasttrace.models.second_look import second_look_note
 from fasttrace.planning.cost import Cost
+from fasttrace.prompts.pairs import differing
 from fasttrace.prompts.prompt import Prompt, token_text
 from fasttrace.results.record import Record
 from fasttrace.results.result import TraceResult
@@ -119,10 +120,14 @@ class Study:
         Raises:
             PlanError: samples, sigma or seed cannot be used.
         """
-        drawn = {"sigma": self.sigma, "samples": self.settings.samples, "seed": self.settings.seed}
-        noise = draw(prompt.span, self.anatomy.d_model, neutral=self.anatomy.neutral_token, **drawn)
+        runs = self._corruption(prompt).runs(prompt.token_ids, prompt.span, cast("Embedder", self.anatomy))
         ids = torch.tensor(prompt.token_ids, dtype=torch.long, device="cpu")
-        return Job(ids, noise, self._cells(len(ids)), prompt.target_id)
+        return Job(ids, runs, self._cells(len(ids)), prompt.target_id)
+
+    def _corruption(self, prompt: Prompt) -> Corruption:
+        if prompt.counterfactuals:
+            return Counterfactual(prompt.counterfactuals)
+        return Noise(self.sigma, self.settings.samples, self.settings.seed)
 
     def _cells(self, n_positions: int) -> tuple[Cell, ...]:
         grids = (grid_cells(s, width, self.anatomy.n_layers, n_positions) for s, width in self.windows.items())
@@ -169,8 +174,7 @@ class Study:
             "prompt": prompt.text,
             "subject": prompt.subject,
             "notes": [*self.about.get("notes", ()), *prompt.notes, *self._second_look()],
-            **self.settings.experiment(),
-            "sigma": self.sigma,
+            **(self._pair(prompt) if prompt.counterfactuals else self._noise()),
             "dtype": str(self.anatomy.dtype).removeprefix("torch."),
             "device": str(self.anatomy.device),
             "attention": str(self.anatomy.config._attn_implementation),
@@ -181,6 +185,21 @@ class Study:
             "hooks": self.choice.hooks,
             "attention_by": "model",
             "versions": dict(versions()),
+        }
+
+    def _noise(self) -> dict[str, Any]:
+        return {**self.settings.experiment(), "sigma": self.sigma}
+
+    def _pair(self, prompt: Prompt) -> dict[str, Any]:
+        """What a counterfactual is, in place of noise."""
+        others = [[token_text(self.tokenizer, token_id) for token_id in ids] for ids in prompt.counterfactuals]
+        return {
+            "counterfactual": list(prompt.counterfactual_texts),
+            "counterfactual_ids": [list(ids) for ids in prompt.counterfactuals],
+            "counterfactual_tokens": others,
+            "differing": list(differing(prompt.token_ids, prompt.counterfactuals)),
+            "samples": len(prompt.counterfactuals),
+            "direction": "denoising",
         }
 
     def _second_look(self) -> list[str]:

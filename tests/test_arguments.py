@@ -29,6 +29,7 @@ from fasttrace.engines.memory import Budget
 from fasttrace.engines.passes import run_in_passes
 from fasttrace.engines.readout import Scores
 from fasttrace.engines.self_check import _CHECKS
+from fasttrace.experiment import corruption
 from fasttrace.experiment.cells import grid_cells, windows_of
 from fasttrace.experiment.settings import ENGINE_NAMES, Settings
 from fasttrace.facts.dataset import Fact, read_facts
@@ -453,7 +454,7 @@ def out_of_host_memory(*_args, **_options):
 @pytest.mark.parametrize("fails", [out_of_memory, out_of_host_memory])
 @pytest.mark.parametrize("call", [lambda: tracer().trace(**TRACE), lambda: list(tracer().trace_many(**MANY))])
 def test_memory_that_runs_out_before_a_pass_is_an_error_of_ours(call, fails, monkeypatch):
-    monkeypatch.setattr(study, "draw", fails)
+    monkeypatch.setattr(corruption.Noise, "drawn", fails)
     with pytest.raises(EngineError, match=r"out of memory while tracing \(.*allocate.*\): lower samples or budget"):
         call()
 

@@ -275,7 +275,7 @@ def _wanted(prompt: str, request: dict[str, Any], loading: dict[str, Any], ids: 
     }
     if not isinstance(settings.noise, str):
         known["sigma"] = known.pop("noise")
-    streams, window = settings.streams, settings.window
+    streams, window = settings.streams, settings.width()
     known |= {"window": window} if streams is None else {"windows": windows_of(streams, window)}
     if isinstance(target, str) and not settings.first_target_token:
         known["target"] = target.strip()
