@@ -44,9 +44,6 @@ CORRECT = {None: "correct", "rome": "correct by ROME's rule (it is the whole ans
 MOST_PROMPTS = 64
 """In one pack; more would only make packs harder to deal out."""
 
-TOP_TOKENS = 100
-"""Next tokens kept of the clean and the corrupted run."""
-
 
 @dataclass(frozen=True)
 class Encoded:
@@ -145,28 +142,27 @@ class Study:
                 f"{self.sigma:g}; try dtype='bfloat16' or 'float32', or less noise"
             )
         grids = scores.cells.reshape(len(self.windows), self.anatomy.n_layers, len(prompt.token_ids), -1)
-        low = scores.corrupted[:, scores.target].astype(np.float64)
+        high, *low = scores.base_of("prob")
         return TraceResult(
             prob=dict(zip(self.windows, grids.mean(-1), strict=True)),
             prob_std=dict(zip(self.windows, grids.std(-1), strict=True)),
-            clean_prob=float(scores.clean[scores.target]),
-            corrupted_prob=float(low.mean()),
-            corrupted_std=float(low.std()),
+            clean_prob=float(high),
+            corrupted_prob=float(np.mean(low)),
+            corrupted_std=float(np.std(low)),
             tokens=prompt.tokens,
             token_ids=prompt.token_ids,
             span=prompt.span,
             target=None if self.tokenizer is None else token_text(self.tokenizer, scores.target),
             target_id=scores.target,
-            top={"clean": self._top(scores.clean), "corrupted": self._top(scores.corrupted.mean(0))},
+            top={run: self._top(*best) for run, best in scores.top.items()},
             windows=dict(self.windows),
             cost=cost,
             metadata={**self._metadata(prompt), **scores.how},
         )
 
-    def _top(self, distribution: np.ndarray) -> tuple[tuple[int, str, float], ...]:
-        best = np.argpartition(-distribution, min(TOP_TOKENS, len(distribution) - 1))[:TOP_TOKENS]
-        best = best[np.lexsort((best, -distribution[best]))]
-        return tuple((int(i), token_text(self.tokenizer, int(i)), float(distribution[i])) for i in best)
+    def _top(self, ids: np.ndarray, probs: np.ndarray) -> tuple[tuple[int, str, float], ...]:
+        numbers = zip(ids.tolist(), probs.tolist(), strict=True)
+        return tuple((token, token_text(self.tokenizer, token), prob) for token, prob in numbers)
 
     def _metadata(self, prompt: Prompt) -> dict[str, Any]:
         return {
@@ -343,7 +339,7 @@ class Study:
             result = self.result(each.prompt, scores, cost)
         except NumericsError as error:
             return self._not_finite(each, error)
-        return Record(each.fact, result, correct=self._is_correct(each, int(scores.clean.argmax())))
+        return Record(each.fact, result, correct=self._is_correct(each, int(scores.base_of("top1")[0])))
 
     def _not_finite(self, each: Encoded, error: NumericsError) -> Record:
         if self.settings.strict:

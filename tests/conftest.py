@@ -11,6 +11,7 @@ from accelerate import hooks as accelerate_hooks
 from hypothesis import settings
 
 from fasttrace.engines.job import Job
+from fasttrace.engines.readout import Scores
 from fasttrace.experiment.cells import Cell, grid_cells
 from fasttrace.experiment.corruption import draw
 from fasttrace.models.anatomy import Anatomy, anatomy_of
@@ -41,11 +42,18 @@ def make_job(
     *,
     d_model: int = 32,
     sigma: float = 1.0,
-    target: int | None = None,
+    target: int | tuple[int, ...] | None = None,
+    foil: tuple[int, ...] = (),
 ) -> Job:
     """A job on arbitrary tokens."""
     ids = torch.randint(0, VOCABULARY, (n_positions,), generator=torch.Generator().manual_seed(n_positions))
-    return Job(ids, draw(span, d_model, sigma=sigma, samples=samples, seed=1), cells, target)
+    return Job(ids, draw(span, d_model, sigma=sigma, samples=samples, seed=1), cells, target, foil)
+
+
+def blank_scores(job: Job, vocabulary: int) -> Scores:
+    """What an engine would return that computes nothing."""
+    cells, base = np.zeros((1, len(job.cells), job.samples)), np.zeros((1, 1 + job.samples))
+    return Scores((0,), (), ("prob",), cells, base, torch.zeros(1 + job.samples, vocabulary))
 
 
 def all_grids(streams: tuple[str, ...], window: int, n_positions: int) -> tuple[Cell, ...]:

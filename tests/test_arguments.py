@@ -27,7 +27,6 @@ from fasttrace import EngineError, FasttraceError, ModelError, PlanError, Prompt
 from fasttrace.engines import ENGINES
 from fasttrace.engines.memory import Budget
 from fasttrace.engines.passes import run_in_passes
-from fasttrace.engines.readout import Scores
 from fasttrace.engines.self_check import _CHECKS
 from fasttrace.experiment import corruption
 from fasttrace.experiment.cells import grid_cells, windows_of
@@ -43,7 +42,7 @@ from fasttrace.results.record import Record
 from fasttrace.results.rome import rome_file_name
 from fasttrace.runs.run import run
 from fasttrace.runs.store import Store
-from tests.conftest import all_grids, make_job, tiny_anatomy
+from tests.conftest import all_grids, blank_scores, make_job, tiny_anatomy
 from tests.helpers.run_facts import facts_of
 from tests.helpers.tokenizers import byte_level
 from tests.helpers.zoo import N_LAYERS, tiny_model
@@ -577,7 +576,7 @@ def test_the_largest_pack_of_many_samples_is_told_from_one(n_layers, n_positions
 def test_thousands_of_samples_take_thousands_of_passes():
     def constant(_anatomy, job, _tick):
         passes.append(job.samples)
-        return Scores(0, np.zeros((len(job.cells), job.samples)), np.zeros(5), np.zeros((job.samples, 5)))
+        return blank_scores(job, 5)
 
     passes: list[int] = []
     engine = replace(ENGINES["wavefront"], run=constant)

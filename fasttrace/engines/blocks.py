@@ -7,8 +7,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasttrace.engines.job import Tick
-from fasttrace.engines.readout import Scores, check_finite, distributions, row_probabilities, scores_of_rows
+from fasttrace.engines.job import Job, Tick, answer_tables
+from fasttrace.engines.metrics import Answers, distributions
+from fasttrace.engines.readout import (
+    PromptAnswers,
+    Scores,
+    check_finite,
+    scored_in_slices,
+    scores_of_plan,
+    scores_of_rows,
+)
 from fasttrace.models.anatomy import Anatomy
 from fasttrace.models.axes import Path
 from fasttrace.models.hooks import first_of, hidden_argument, with_first, with_hidden_argument
@@ -101,22 +109,35 @@ class LastBlock:
         """A hidden state in the form of a block's output."""
         return hidden if self.form is None else with_first(self.form, hidden)
 
-    def scores(self, base_logits: Tensor, targets: Sequence[int | None]) -> list[Scores]:
+    def scores(self, base_logits: Tensor, jobs: Sequence[Job]) -> list[Scores]:
         """Reads out all rows of every prompt; only then the host waits for the device."""
         plans, device = self.pack.plans, base_logits.device
-        sizes = [plan.last_tokens.size for plan in plans]
-        ends = np.cumsum([plan.n_base for plan in plans])
-        given = [-1 if target is None else target for target in targets]
-        tables = [ends - [plan.n_base for plan in plans], np.array(given), np.repeat(np.arange(len(plans)), sizes)]
-        clean_rows, wanted, plan_of_row = on_device(tables, device)
-        wanted = torch.where(wanted < 0, picked(base_logits, 0, clean_rows).argmax(-1), wanted)
-        rows = row_probabilities(self.anatomy, self.states, wanted[plan_of_row], self.as_output)
+        sizes, n_base = [plan.last_tokens.size for plan in plans], [plan.n_base for plan in plans]
+        ends, numbers = np.cumsum(n_base), np.arange(len(plans))
+        prompts, of_base = np.repeat(numbers, sizes), np.repeat(numbers, n_base)
+        asked = answer_tables(jobs)
+        given = on_device([ends - n_base, prompts, of_base, *map(np.ravel, asked)], device)
+        clean_rows, rows, base_rows = given[:3]
+        targets, foils = (flat.view(table.shape) for flat, table in zip(given[3:], asked, strict=True))
+        answers = Answers.of(picked(base_logits, 0, clean_rows), targets, foils, jobs[0].metrics)
+        found = distributions(base_logits)
+        base = scored_in_slices(base_logits, answers, of_base, base_rows)
+        restored = scores_of_rows(self.anatomy, self.states, prompts, rows, answers, self.as_output)
         check_finite(self.block_sums, self.anatomy.dtype)
-        bases = np.split(distributions(base_logits), ends[:-1])
-        parts = np.split(rows.cpu().numpy(), np.cumsum(sizes)[:-1])
+        parts = np.split(restored.cpu().numpy(), np.cumsum(sizes)[:-1], axis=1)
+        bases = np.split(base.cpu().numpy(), ends[:-1], axis=1)
+        first = answers.targets[:, 0].tolist()
         return [
-            scores_of_rows(part.reshape(plan.last_tokens.shape), plan.cell_row, base, target)
-            for part, plan, base, target in zip(parts, plans, bases, wanted.cpu().tolist(), strict=True)
+            scores_of_plan(
+                part.reshape(len(part), *plan.last_tokens.shape),
+                plan.cell_row,
+                of_runs,
+                of_tokens,
+                PromptAnswers(job.targets or (target,), job.foil, answers.names),
+            )
+            for part, of_runs, of_tokens, plan, job, target in zip(
+                parts, bases, found.split(n_base), plans, jobs, first, strict=True
+            )
         ]
 
 

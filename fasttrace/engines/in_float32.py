@@ -85,7 +85,7 @@ def difference_in_float32(anatomy: Anatomy, run: Callable[[], Scores], plain: Ca
 
 
 def _of_target(scores: Scores) -> tuple[np.ndarray, ...]:
-    return scores.cells, scores.clean[scores.target], scores.corrupted[:, scores.target]
+    return scores.cells, scores.base_of("prob")
 
 
 class _Widening(TorchFunctionMode):

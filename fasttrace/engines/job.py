@@ -3,9 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fasttrace.engines.metrics import NONE, Metric
 from fasttrace.experiment.cells import Cell
 from fasttrace.experiment.corruption import Runs
 from fasttrace.planning.edits import Shape
@@ -27,13 +29,24 @@ class Job:
         token_ids: int64 [position].
         runs: its corrupted runs; there may be none.
         cells: what to restore, one score each.
-        target: token id to score; None: the clean run's top token.
+        target: token id to score, or several; None: the clean run's top token.
+        foil: token ids that the target is compared with; none: metrics that need them are left out.
+        metrics: a user's own metrics, name and function; see `engines.metrics`.
     """
 
     token_ids: Tensor
     runs: Runs
     cells: tuple[Cell, ...]
-    target: int | None
+    target: int | tuple[int, ...] | None
+    foil: tuple[int, ...] = ()
+    metrics: tuple[tuple[str, Metric], ...] = ()
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """Token ids to score; none: the clean run's top token."""
+        if self.target is None:
+            return ()
+        return self.target if isinstance(self.target, tuple) else (self.target,)
 
     @property
     def samples(self) -> int:
@@ -71,6 +84,15 @@ class Job:
     def part(self, cells: slice, samples: slice) -> "Job":
         """Some of the cells, for some of the samples."""
         return replace(self, cells=self.cells[cells], runs=self.runs.part(samples))
+
+
+def answer_tables(jobs: Sequence[Job]) -> list[np.ndarray]:
+    """int64 [prompt, target] and [prompt, foil] of several prompts, filled up with `metrics.NONE`."""
+    tables = []
+    for sets, least in (([job.targets for job in jobs], 1), ([job.foil for job in jobs], 0)):
+        width = max(least, *map(len, sets))
+        tables.append(np.array([[*ids, *[NONE] * (width - len(ids))] for ids in sets], dtype=np.int64))
+    return tables
 
 
 def pack_of_jobs(jobs: Sequence[Job], n_layers: int, layout: Layout) -> Pack:

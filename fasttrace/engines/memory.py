@@ -15,6 +15,7 @@ from torch import distributed
 
 from fasttrace.checks import memory_for
 from fasttrace.engines.readout import CHUNK_BYTES
+from fasttrace.experiment.metrics import METRICS
 from fasttrace.experiment.settings import token_budget
 from fasttrace.models.anatomy import Anatomy
 from fasttrace.prompts.prompt import Prompt
@@ -95,8 +96,9 @@ def check_samples(anatomy: Anatomy, samples: int, streams: Sized, prompts: Itera
 
 
 def _bytes_per_sample(anatomy: Anatomy, cells: int, length: int, span: tuple[int, int]) -> int:
-    """Noise as drawn and as scaled, distributions as computed and as joined, and as much of the cells' scores."""
-    return 2 * (8 * (span[1] - span[0]) * anatomy.d_model + 4 * anatomy.vocabulary + 8 * cells * length)
+    """Noise as drawn and as scaled, logits and distributions, and the cells' metrics as computed and as joined."""
+    scores = 8 * cells * length * len(METRICS)
+    return 2 * (8 * (span[1] - span[0]) * anatomy.d_model + 4 * anatomy.vocabulary + scores)
 
 
 def shares_passes(anatomy: Anatomy) -> bool:

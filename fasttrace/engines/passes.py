@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from accelerate.utils.memory import clear_device_cache
 
 from fasttrace.checks import is_out_of_memory
@@ -39,7 +40,7 @@ def run_in_passes(
     """
     passes = _Passes(engine, anatomy, budget, progress)
     passes.steps = passes.steps_of(job)
-    return passes.run(job), total(passes.costs)
+    return passes.run(job).with_top(), total(passes.costs)
 
 
 def run_together(
@@ -65,7 +66,7 @@ def run_together(
         try:
             scores = engine.run_jobs(anatomy, jobs, lambda: None, ready)
             costs = [engine.cost_of(anatomy, job) for job in jobs]
-            return list(zip(map(_with_how, scores), costs, strict=True))
+            return [(_with_how(each).with_mean().with_top(), cost) for each, cost in zip(scores, costs, strict=True)]
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or shares_passes(anatomy):
                 raise
@@ -114,7 +115,7 @@ class _Passes:
             self.waiting.append(halves[1])
             first = self.run(halves[0])
             before.append((first, len(halves[0].cells) < len(job.cells)))
-            job = replace(self.waiting.pop(), target=first.target)
+            job = replace(self.waiting.pop(), target=first.targets)
         for first, by_cell in reversed(before):
             scores = _joined(first, scores, by_cell)
         return scores
@@ -132,7 +133,7 @@ class _Passes:
     def _pass(self, job: Job) -> Scores:
         scores = self.engine(self.anatomy, job, self._tick)
         self.costs.append(self.engine.cost_of(self.anatomy, job))
-        return _with_how(scores)
+        return _with_how(scores).with_mean()
 
     def _tick(self) -> None:
         self.done += 1
@@ -176,9 +177,13 @@ def _with_how(scores: Scores) -> Scores:
 
 
 def _joined(first: Scores, second: Scores, by_cell: bool) -> Scores:
-    cells = np.concatenate((first.cells, second.cells), axis=0 if by_cell else 1)
+    table = np.concatenate((first.table, second.table), axis=1 if by_cell else 2)
     if first.how != second.how:  # a kernel failed in between
         first = replace(first, how={**first.how, "attention_by": "kernel and groups"})
     if by_cell:
-        return replace(first, cells=cells)
-    return replace(first, cells=cells, corrupted=np.concatenate((first.corrupted, second.corrupted)))
+        return replace(first, table=table)
+    share = first.table.shape[2] / table.shape[2]
+    corrupted = share * first.distributions[1:] + (1 - share) * second.distributions[1:]
+    distributions = torch.cat((first.distributions[:1], corrupted))
+    base = np.concatenate((first.base, second.base[:, 1:]), axis=1)
+    return replace(first, table=table, base=base, distributions=distributions)

@@ -1,24 +1,27 @@
-"""Readout: last-token hidden states to probabilities, through the model's own final norm and head.
+"""Readout: last-token hidden states to metrics, through the model's own final norm and head.
 
 The tail of the model is run as the model runs it: its own forward on one-token sequences, with every block
 replaced by one that hands over the states that were computed before. Final norm, projection, head, soft cap and
 logit scale are therefore the model's, whatever they are. Rows go through it in chunks that are reduced at once,
-so that rows x vocabulary never exists. Probabilities are in float32 (float64 for a float64 model),
-means are in float64.
+so that rows x vocabulary never exists. Metrics are in float32 (float64 for a float64 model), means in float64.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fasttrace.engines.metrics import Answers, scored
 from fasttrace.errors import NumericsError
+from fasttrace.experiment.metrics import FOIL_METRICS
 from fasttrace.models.anatomy import Anatomy
 from fasttrace.models.hooks import forward_pass, replaced_forward
+
+AsOutput = Callable[[Tensor], Any]
 
 CHUNK_BYTES = 128 << 20
 """Largest float32 logits tensor of one chunk of rows."""
@@ -28,93 +31,158 @@ CPU_SLICE = 16
 """Rows that a CPU takes through the head together, and rows whose softmax it then takes together, at most. Larger
 tensors of 50,000 tokens are given back to the system when they are freed, and mapped anew for every chunk."""
 
+TOP_TOKENS = 100
+"""Next tokens kept of the clean and the corrupted run."""
+
+
+class PromptAnswers(NamedTuple):
+    """What one prompt was scored against, on the host.
+
+    Attributes:
+        targets, foils: token ids.
+        names: of the metrics that its pass computed.
+    """
+
+    targets: tuple[int, ...]
+    foils: tuple[int, ...]
+    names: tuple[str, ...]
+
 
 @dataclass(frozen=True)
 class Scores:
     """What an engine returns.
 
     Attributes:
-        target: token id the probabilities are of.
-        cells: float64 [cell, sample] p(target) of each restored run.
-        clean: [vocab], float32 or float64, next-token distribution of the clean run.
-        corrupted: [sample, vocab] of each corrupted run.
+        targets, foils: token ids that metrics are of.
+        names: of the metrics.
+        table: float64 [metric, cell, sample] of each restored run.
+        base: float64 [metric, 1 + sample] of the clean run and each corrupted one.
+        distributions: [1 + sample, vocab], float32 or float64, their next-token distributions, where they were
+            computed; after `with_top` none.
+        top: "clean" and "corrupted" -> ids and probabilities of the most probable next tokens, of the mean over
+            samples; empty before `with_top`.
         how: what computed them, plain JSON for results.
     """
 
-    target: int
-    cells: np.ndarray
-    clean: np.ndarray
-    corrupted: np.ndarray
+    targets: tuple[int, ...]
+    foils: tuple[int, ...]
+    names: tuple[str, ...]
+    table: np.ndarray
+    base: np.ndarray
+    distributions: Tensor
+    top: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     how: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def target(self) -> int:
+        """The first target."""
+        return self.targets[0]
 
-def distributions(logits: Tensor) -> np.ndarray:
-    """Probabilities over the last axis, in float32 or better, on the host; read as `_probabilities` reads rows."""
-    shifted = _shifted(logits)
-    return torch.exp(shifted - shifted.exp().sum(-1, keepdim=True).log()).cpu().numpy()
+    @property
+    def cells(self) -> np.ndarray:
+        """[cell, sample] p(target), a view."""
+        return self.of("prob")
+
+    @property
+    def clean(self) -> np.ndarray:
+        """[vocab] distribution of the clean run."""
+        return self.distributions[0].cpu().numpy()
+
+    @property
+    def corrupted(self) -> np.ndarray:
+        """[sample, vocab] distributions of the corrupted runs."""
+        return self.distributions[1:].cpu().numpy()
+
+    def of(self, metric: str) -> np.ndarray:
+        """[cell, sample] of one metric."""
+        return self.table[self.names.index(metric)]
+
+    def base_of(self, metric: str) -> np.ndarray:
+        """[1 + sample] of one metric: the clean run's, and the corrupted ones'."""
+        return self.base[self.names.index(metric)]
+
+    def with_mean(self) -> "Scores":
+        """The same with but two distributions, the clean one and the mean of the corrupted ones."""
+        clean, corrupted = self.distributions[:1], self.distributions[1:]
+        return replace(self, distributions=torch.cat((clean, corrupted.mean(0, keepdim=True))))
+
+    def with_top(self) -> "Scores":
+        """The same with the most probable next tokens in place of the distributions."""
+        return replace(self, top=_top(self.distributions), distributions=self.distributions[:0])
 
 
-def _shifted(logits: Tensor) -> Tensor:
-    """Logits less the largest of each row, in float32, or in float64 if they are: a new tensor.
-
-    What is read from it, p = exp(x - log(sum(exp(x)))), has a relative error of at most 2**-23 x (8 + |log p|),
-    whatever the vocabulary, because torch adds up in pairs. Its own float32 softmax adds up one exponential after the
-    other on a CPU, and is off by 2e-5 to 1e-4 at 262,144 tokens, always to the same side.
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits - logits.amax(-1, keepdim=True)
+def _top(distributions: Tensor) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    probs, ids = (each.cpu().numpy() for each in distributions.topk(min(TOP_TOKENS, distributions.shape[1])))
+    order = [np.lexsort((row_ids, -row)) for row_ids, row in zip(ids, probs, strict=True)]
+    runs = zip(("clean", "corrupted"), ids, probs, order, strict=True)
+    return {run: (row_ids[best], row[best]) for run, row_ids, row, best in runs}
 
 
-def row_probabilities(anatomy: Anatomy, states: Tensor, targets: Tensor, as_output: Callable[[Tensor], Any]) -> Tensor:
-    """p(target) of rows, [row], in float32 or better.
+def scores_of_rows(
+    anatomy: Anatomy, states: Tensor, prompts: np.ndarray, rows: Tensor, answers: Answers, as_output: AsOutput
+) -> Tensor:
+    """All metrics of rows, [metric, row], in float32 or better.
 
     Args:
         anatomy: the model.
         states: last-token outputs of the last block, [..., row, d_model] with the rows on `anatomy.row_axis`.
-        targets: int64 [row] token ids, on any device.
+        prompts: [row] which prompt a row is of, rows of one prompt together.
+        rows: the same on a device.
+        answers: of the prompts.
         as_output: gives a hidden state the form of a block's output.
     """
     chunk = max(1, CHUNK_BYTES // (4 * anatomy.vocabulary))
     if anatomy.device.type == "cpu":
         chunk = min(chunk, CPU_CHUNK)
     with forward_pass(anatomy.model):
-        chunks = states.split(chunk, anatomy.row_axis) if len(targets) else []
-        parts = [_tail(anatomy, *part, as_output) for part in zip(chunks, targets.split(chunk), strict=False)]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float32, device=states.device)
+        chunks = states.split(chunk, anatomy.row_axis) if len(prompts) else []
+        places = range(0, len(prompts), chunk)
+        parts = [
+            scored_in_slices(
+                _logits(anatomy, part, as_output), answers, prompts[at : at + chunk], rows[at : at + chunk]
+            )
+            for part, at in zip(chunks, places, strict=True)
+        ]
+    return torch.cat(parts, -1) if parts else answers.probs.new_zeros(len(answers.names), 0)
 
 
-def _tail(anatomy: Anatomy, states: Tensor, targets: Tensor, as_output: Callable[[Tensor], Any]) -> Tensor:
+def _logits(anatomy: Anatomy, states: Tensor, as_output: AsOutput) -> Tensor:
     axis = anatomy.row_axis
     output = as_output(states.unsqueeze(axis + 1))
     ids = torch.zeros(states.shape[axis], 1, dtype=torch.long, device=anatomy.device)
     with ExitStack() as stack:
         for block in anatomy.blocks:
             stack.enter_context(replaced_forward(block, lambda *_args, **_kwargs: output))
-        logits = anatomy.model(input_ids=ids, use_cache=False).logits[:, -1]
-    targets = targets.to(logits.device, non_blocking=True)
-    rows = CPU_SLICE if logits.device.type == "cpu" else max(1, len(logits))
-    return torch.cat([_probabilities(*part) for part in zip(logits.split(rows), targets.split(rows), strict=True)])
+        return anatomy.model(input_ids=ids, use_cache=False).logits[:, -1]
 
 
-def _probabilities(logits: Tensor, targets: Tensor) -> Tensor:
-    shifted = _shifted(logits)
-    of_targets = shifted.gather(1, targets[:, None])[:, 0]
-    return torch.exp(of_targets - shifted.exp_().sum(-1).log())
+def scored_in_slices(logits: Tensor, answers: Answers, prompts: np.ndarray, rows: Tensor) -> Tensor:
+    """`metrics.scored` of [row, vocab] logits, on a CPU a few rows at a time."""
+    rows, answers = rows.to(logits.device, non_blocking=True), answers.to(logits.device)
+    size = CPU_SLICE if logits.device.type == "cpu" else max(1, len(logits))
+    slices = (slice(at, at + size) for at in range(0, len(logits), size))
+    return torch.cat([scored(logits[part], answers, prompts[part], rows[part]) for part in slices], -1)
 
 
-def scores_of_rows(rows: np.ndarray, cell_row: np.ndarray, base: np.ndarray, target: int) -> Scores:
-    """Puts rows and base runs together.
+def scores_of_plan(
+    rows: np.ndarray, cell_row: np.ndarray, base: np.ndarray, distributions: Tensor, answers: "PromptAnswers"
+) -> Scores:
+    """Looks up each cell's metrics: from its row, or from a base run if it needs no row.
 
     Args:
-        rows: [sample, row] probabilities of restored rows.
+        rows: [metric, sample, row] of restored rows.
         cell_row: [cell] row, or CORRUPTED_CELL, or CLEAN_CELL (`edits.py`).
-        base: [1 + sample, vocab] distributions of the base runs.
-        target: token id.
+        base: [metric, 1 + sample] of the base runs.
+        distributions: [1 + sample, vocab] of the base runs.
+        answers: of the prompt.
     """
-    clean = np.full((len(rows), 1), base[0, target], dtype=np.float64)
-    corrupted = base[1:, target, None].astype(np.float64)
-    table = np.concatenate((rows.astype(np.float64), clean, corrupted), axis=1)
-    return Scores(target, table[:, cell_row].T, base[0], base[1:])
+    rows, base = rows.astype(np.float64), base.astype(np.float64)
+    clean = np.broadcast_to(base[:, :1, None], (*rows.shape[:2], 1))
+    table = np.concatenate((rows, clean, base[:, 1:, None]), axis=-1)
+    cells = table[:, :, cell_row].swapaxes(1, 2)
+    kept = [number for number, name in enumerate(answers.names) if answers.foils or name not in FOIL_METRICS]
+    names = tuple(answers.names[number] for number in kept)
+    return Scores(answers.targets, answers.foils, names, cells[kept], base[kept], distributions)
 
 
 def check_finite(block_sums: Sequence[Tensor], dtype: torch.dtype) -> None:

@@ -7,12 +7,12 @@ from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fasttrace.engines.job import Job, Tick
-from fasttrace.engines.readout import Scores, distributions
+from fasttrace.engines.job import Job, Tick, answer_tables
+from fasttrace.engines.metrics import Answers, distributions, scored
+from fasttrace.engines.readout import Scores
 from fasttrace.errors import EngineError
 from fasttrace.experiment.cells import Cell, Edit
 from fasttrace.experiment.sites import SITE
@@ -43,24 +43,33 @@ def run(anatomy: Anatomy, job: Job, tick: Tick, rows: int = 1) -> Scores:
     sites = {(edit.site, edit.layer) for cell in job.cells for edit in cell}
     values: dict[tuple[str, int], list[Tensor]] = {place: [] for place in sites}
     with forward_pass(anatomy.model):
-        base_rows = []
+        base_logits = []
         for part in _parts(base, rows):
-            recorded, distribution = _pass(anatomy, job, part, {}, sites)
-            base_rows.append(distribution)
+            recorded, logits = _pass(anatomy, job, part, {}, sites)
+            base_logits.append(logits)
             for place, value in recorded.items():
                 values[place].append(value)
         for site, layer in (place for place, parts in values.items() if not parts):
             raise EngineError(f"the {site} of block {layer} is never computed for a prompt of text")
         known = {place: torch.cat(parts) for place, parts in values.items()}
-        clean, *corrupted = np.concatenate(base_rows)
-        target = int(clean.argmax()) if job.target is None else job.target
-        scores = []
+        all_base = torch.cat(base_logits)
+        targets, foils = (torch.from_numpy(table).to(all_base.device) for table in answer_tables([job]))
+        answers = Answers.of(all_base[:1], targets, foils, job.metrics)
+        scores = [torch.zeros(len(answers.names), 0)]
         for part in _parts(restored, rows):
-            scores.extend(_pass(anatomy, job, part, known, ())[1][:, target])
+            scores.append(_scored(_pass(anatomy, job, part, known, ())[1], answers))
             for _ in part:
                 tick()
-    cells = np.array(scores, dtype=np.float64).reshape(len(job.cells), job.samples)
-    return Scores(target, cells, clean, np.stack(corrupted))
+    cells = torch.cat(scores, 1).double().numpy().reshape(len(answers.names), len(job.cells), job.samples)
+    of_base = torch.cat([_scored(logits, answers) for logits in base_logits], 1).double().numpy()
+    found = tuple(map(int, answers.targets[0]))
+    return Scores(found, job.foil, answers.names, cells, of_base, distributions(all_base))
+
+
+def _scored(logits: Tensor, answers: Answers) -> Tensor:
+    """[metric, row], on the host."""
+    rows = torch.zeros(len(logits), dtype=torch.long)
+    return scored(logits, answers, rows.numpy(), rows.to(logits.device)).cpu()
 
 
 def _parts(runs: Sequence[Run], size: int) -> list[Sequence[Run]]:
@@ -69,8 +78,8 @@ def _parts(runs: Sequence[Run], size: int) -> list[Sequence[Run]]:
 
 def _pass(
     anatomy: Anatomy, job: Job, runs: Sequence[Run], known: Values, wanted: Collection[tuple[str, int]]
-) -> tuple[Values, np.ndarray]:
-    """One forward pass: the values it was asked to record, and next-token distributions [row, vocab]."""
+) -> tuple[Values, Tensor]:
+    """One forward pass: the values it was asked to record, and logits of the last position [row, vocab]."""
     recorded: Values = {}
     with ExitStack() as stack:
         is_fed_otherwise = job.runs.neutral is not None and job.runs.ids is None
@@ -86,7 +95,7 @@ def _pass(
         seen = job.runs.seen(job.token_ids)
         ids = torch.stack([job.token_ids if sample is None else seen[sample] for _, sample in runs]).to(anatomy.device)
         logits = anatomy.model(input_ids=ids, use_cache=False).logits
-    return recorded, distributions(logits[:, -1])
+    return recorded, logits[:, -1]
 
 
 def _corrupted(job: Job, runs: Sequence[Run], prompt: Tensor | None, embeddings: Tensor) -> Tensor:

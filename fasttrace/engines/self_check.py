@@ -313,7 +313,7 @@ def _effect_of_batch(anatomy: Anatomy, job: Job) -> float:
 
 def _moved_by_nothing(expected: Scores) -> float:
     """How far log p moves in the check's first cell, which restores a token before the subject."""
-    return float(np.abs(_log(expected.cells[0]) - _log(expected.corrupted[:, expected.target])).max())
+    return float(np.abs(_log(expected.cells[0]) - _log(expected.base_of("prob")[1:])).max())
 
 
 def _check_reference(anatomy: Anatomy, expected: Scores, tolerance: float) -> None:

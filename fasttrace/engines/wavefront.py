@@ -111,7 +111,7 @@ def _run(anatomy: Anatomy, ready: Ready, tick: Tick, attention: Attention) -> li
     if state.calls != anatomy.n_layers:
         raise EngineError(f"{state.calls} of {anatomy.n_layers} blocks attended through the pack; use engine='rows'")
     how = {"attention_by": "groups" if state.kernel is None else state.kernel.by}
-    return [replace(scores, how=how) for scores in last_block.scores(logits, [job.target for job in jobs])]
+    return [replace(scores, how=how) for scores in last_block.scores(logits, jobs)]
 
 
 @dataclass(frozen=True)

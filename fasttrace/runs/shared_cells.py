@@ -52,7 +52,8 @@ def shares_of_cells(job: Job, n_layers: int, world: int) -> list[np.ndarray]:
 
 
 def _joined(parts: Sequence[Scores], shares: Sequence[np.ndarray]) -> Scores:
-    cells = np.empty((sum(map(len, shares)), parts[0].cells.shape[1]))
+    n_metrics, _, samples = parts[0].table.shape
+    table = np.empty((n_metrics, sum(map(len, shares)), samples))
     for part, share in zip(parts, shares, strict=True):
-        cells[share] = part.cells
-    return replace(parts[0], cells=cells)
+        table[:, share] = part.table
+    return replace(parts[0], table=table)

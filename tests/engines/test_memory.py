@@ -10,10 +10,9 @@ from torch.profiler import ProfilerActivity, profile
 import fasttrace
 from fasttrace import EngineError
 from fasttrace.engines import ENGINES, memory, passes, wavefront
-from fasttrace.engines.readout import Scores
 from fasttrace.fusing.choose import fused
 from fasttrace.models.anatomy import anatomy_of
-from tests.conftest import all_grids, make_job
+from tests.conftest import all_grids, blank_scores, make_job
 from tests.helpers import zoo
 
 SHAPES = {
@@ -115,7 +114,7 @@ def test_samples_are_dealt_to_as_few_passes_as_the_budget_allows(at_once):
 
     def counted(_anatomy, job, _tick):
         seen.append(job.samples)
-        return Scores(0, np.zeros((len(job.cells), job.samples)), np.zeros(67), np.zeros((job.samples, 67)))
+        return blank_scores(job, 67)
 
     engine = replace(ENGINES["wavefront"], run=counted)
     cells = all_grids(("block_output",), 1, 6)
@@ -124,6 +123,7 @@ def test_samples_are_dealt_to_as_few_passes_as_the_budget_allows(at_once):
         engine, anatomy, make_job(6, (0, 2), 10, cells), memory.Budget(at_once * one_sample)
     )
     assert scores.cells.shape == (len(cells), 10)
-    assert scores.corrupted.shape == (10, 67)
+    assert scores.base.shape == (1, 11)
+    assert len(scores.top["corrupted"][0]) == 67
     assert sum(seen) == 10
     assert len(seen) == -(-10 // at_once)

@@ -98,11 +98,11 @@ def earlier(position):
 def bare_head(patch):
     """Final norm and head without what the model's forward does after them."""
 
-    def tail(anatomy, states, targets, _):
+    def logits(anatomy, states, _):
         model = anatomy.model
-        return model.lm_head(model.model.norm(states)).softmax(-1).gather(1, targets[:, None])[:, 0]
+        return model.lm_head(model.model.norm(states))
 
-    patch.setattr(readout, "_tail", tail)
+    patch.setattr(readout, "_logits", logits)
 
 
 MUTATIONS = {
