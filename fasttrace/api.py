@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
+import pandas as pd
 import torch
 from torch import nn
 
@@ -17,7 +18,8 @@ from fasttrace.engines.state import follow, state_of
 from fasttrace.errors import FasttraceError, ModelError, PlanError, PromptError
 from fasttrace.experiment.cells import windows_of
 from fasttrace.experiment.corruption import sigma_of
-from fasttrace.experiment.settings import ManyOptions, Settings, TraceOptions, engine_name, takes
+from fasttrace.experiment.own_cells import own_cells
+from fasttrace.experiment.settings import ManyOptions, Settings, SweepOptions, TraceOptions, engine_name, takes
 from fasttrace.facts.dataset import Fact, FactSet, check_answers, read_facts
 from fasttrace.fusing.cpu_linears import library_asked
 from fasttrace.models.anatomy import Anatomy, anatomy_of, module_paths
@@ -245,13 +247,67 @@ class Tracer:
     def _trace(
         self, settings: Settings, prompt: Any, asked: Mapping[str, Any], progress: Progress | None
     ) -> TraceResult:
-        encoded, pair = self._encoded(prompt, settings, asked), asked.get("counterfactual") is not None
-        windows = self.windows(settings.streams, settings.width(pair))
-        if not pair:
-            check_samples(self._anatomy, settings.samples, windows, [encoded])
-        study = self._study(settings, windows, None if pair else [encoded.token_ids[slice(*encoded.span)]])
+        encoded = self._encoded(prompt, settings, asked)
+        study = self._study_of_prompt(settings, encoded)
         ((scores, cost),) = study.scores([study.job(encoded)], progress=progress)
         return study.result(encoded, scores, cost)
+
+    @takes(SweepOptions)
+    def sweep(
+        self,
+        prompt: str | Sequence[int],
+        cells: Iterable[Any],
+        *,
+        subject: str | tuple[int, int] | None = None,
+        target: str | int | None = None,
+        counterfactual: str | Sequence[Any] | None = None,
+        foil: str | int | None = None,
+        progress: Progress | None = None,
+        **options: Unpack[SweepOptions],
+    ) -> pd.DataFrame:
+        """Scores cells of the user's own, all in as few passes as memory allows.
+
+        Args:
+            prompt: see `trace`, as all that is not named here.
+            cells: each an edit (site, layer, position), which puts the clean value back there; or a list of edits; or a
+                mapping with these under "edits" and the cell's coordinates under names of its own. A fourth item of an
+                edit is its source: "clean" or "corrupted". Negative positions count from the prompt's end.
+            subject: see `trace`.
+            target: see `trace`.
+            counterfactual: see `trace`.
+            foil: see `trace`.
+            progress: see `trace`.
+            options: see `trace`.
+
+        Returns:
+            A row per cell, in the cells' order: coordinates (of a cell without them its first edit's site, layer and
+            position), a column per metric, averaged over the corrupted runs, and a column with ``_effect`` behind the
+            metric's name, which is less what the corrupted runs give. ``attrs["runs"]`` has both runs' metrics.
+
+        Raises:
+            PlanError: no cells, an edit outside the model or the prompt, a cell that writes one place twice, or see
+                `trace`, as for other errors.
+
+        >>> tracer.sweep(prompt, [("mlp_output", 3, -1)], subject="Paris")  # doctest: +SKIP
+        """
+        settings = Settings(**options)
+        function("progress", progress)
+        asked = {"subject": subject, "target": target, "counterfactual": counterfactual, "foil": foil}
+        with memory_told("tracing"):
+            encoded = self._encoded(prompt, settings, asked)
+            coordinates, found = own_cells(cells, self._anatomy.n_layers, len(encoded.token_ids))
+            for site in {edit.site for cell in found for edit in cell}:
+                self._anatomy.modules_at(site)
+            study = self._study_of_prompt(settings, encoded)
+            ((scores, _),) = study.scores([study.job(encoded, found)], progress=progress)
+            return study.frame(coordinates, encoded, scores)
+
+    def _study_of_prompt(self, settings: Settings, prompt: Prompt) -> Study:
+        pair = bool(prompt.counterfactuals)
+        windows = self.windows(settings.streams, settings.width(pair))
+        if not pair:
+            check_samples(self._anatomy, settings.samples, windows, [prompt])
+        return self._study(settings, windows, None if pair else [prompt.token_ids[slice(*prompt.span)]])
 
     def _encoded(self, prompt: Any, settings: Settings, asked: Mapping[str, Any]) -> Prompt:
         """A prompt with what it is compared with."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
 import numpy as np
+import pandas as pd
 import torch
 
 from fasttrace.checks import memory_told
@@ -25,6 +26,7 @@ from fasttrace.engines.self_check import EngineChoice, confirm, prompts_share_pa
 from fasttrace.errors import NumericsError, PromptError
 from fasttrace.experiment.cells import Cell, grid_cells
 from fasttrace.experiment.corruption import Corruption, Counterfactual, Embedder, Noise
+from fasttrace.experiment.metrics import MEANLESS
 from fasttrace.experiment.settings import Settings
 from fasttrace.facts.dataset import Fact
 from fasttrace.models.anatomy import Anatomy, module_paths
@@ -111,15 +113,20 @@ class Study:
 
     # One prompt.
 
-    def job(self, prompt: Prompt) -> Job:
-        """A prompt's cells and noise.
+    def job(self, prompt: Prompt, cells: tuple[Cell, ...] | None = None) -> Job:
+        """A prompt's corrupted runs and its cells.
+
+        Args:
+            prompt: encoded.
+            cells: to be scored; None: those of the grids.
 
         Raises:
             PlanError: samples, sigma or seed cannot be used.
         """
         runs = self._corruption(prompt).runs(prompt.token_ids, prompt.span, cast("Embedder", self.anatomy))
         ids = torch.tensor(prompt.token_ids, dtype=torch.long, device="cpu")
-        return Job(ids, runs, self._cells(len(ids)), prompt.target_id)
+        foil = () if prompt.foil_id is None else (prompt.foil_id,)
+        return Job(ids, runs, self._cells(len(ids)) if cells is None else cells, prompt.target_id, foil)
 
     def _corruption(self, prompt: Prompt) -> Corruption:
         if prompt.counterfactuals:
@@ -159,6 +166,27 @@ class Study:
             cost=cost,
             metadata={**self._metadata(prompt), **scores.how},
         )
+
+    def frame(self, coordinates: Sequence[Mapping[str, Any]], prompt: Prompt, scores: Scores) -> pd.DataFrame:
+        """A row per cell: its coordinates, its metrics averaged over the corrupted runs, and their effects.
+
+        Args:
+            coordinates: of the cells, column -> value.
+            prompt: encoded.
+            scores: of these cells.
+        """
+        columns: dict[str, Any] = {}
+        runs: dict[str, dict[str, float]] = {"clean": {}, "corrupted": {}}
+        for name in scores.names:
+            if name in MEANLESS:
+                continue
+            clean, *corrupted = scores.base_of(name)
+            runs["clean"][name], runs["corrupted"][name] = float(clean), float(np.mean(corrupted))
+            columns[name] = scores.of(name).mean(-1)
+            columns[f"{name}_effect"] = columns[name] - runs["corrupted"][name]
+        frame = pd.concat([pd.DataFrame(list(coordinates)), pd.DataFrame(columns)], axis=1)
+        frame.attrs = {"runs": runs, "target_id": scores.target, **self._metadata(prompt), **scores.how}
+        return frame
 
     def _top(self, ids: np.ndarray, probs: np.ndarray) -> tuple[tuple[int, str, float], ...]:
         numbers = zip(ids.tolist(), probs.tolist(), strict=True)

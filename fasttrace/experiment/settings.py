@@ -19,6 +19,7 @@ __all__ = [
     "ENGINE_NAMES",
     "ManyOptions",
     "Settings",
+    "SweepOptions",
     "TraceOptions",
     "engine_name",
     "noise_factor",
@@ -121,6 +122,18 @@ class TraceOptions(TypedDict, total=False):
 
     streams: Sequence[str] | None
     window: int | None
+    noise: float | str
+    noise_subjects: Sequence[str | Sequence[int]] | None
+    samples: int
+    seed: int
+    engine: str
+    budget: int | str
+    first_target_token: bool
+
+
+class SweepOptions(TypedDict, total=False):
+    """Settings that `Tracer.sweep` takes by name."""
+
     noise: float | str
     noise_subjects: Sequence[str | Sequence[int]] | None
     samples: int

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fasttrace.checks import one_of
+from fasttrace.checks import one_of, path_of
 from fasttrace.engines.memory import Budget
 from fasttrace.errors import PlanError, PromptError, StoreError
 from fasttrace.experiment.settings import Settings
@@ -124,7 +124,7 @@ def run(
             other errors.
     """
     one_of("shard", shard, SHARDS)
-    settings = Settings(first_target_token=True, **options)
+    settings, folder = Settings(first_target_token=True, **options), path_of("folder", folder)
     ranks = ranks or Ranks.current(cpu=tracer.device.type == "cpu")
     check_same_facts(ranks, facts)
     study, encoded, refused = tracer.study_of(facts, settings)
@@ -138,10 +138,10 @@ def run(
     check_same_run(ranks, {**fingerprint, "shard": shard})
     sigma, notes = study.sigma, ()
     if isinstance(settings.noise, str) and settings.noise_subjects is None:
-        sigma, notes = ranks.first(lambda: kept_sigma(study, Path(folder), facts))
+        sigma, notes = ranks.first(lambda: kept_sigma(study, folder, facts))
     about = {**study.about, "identity": digests(identities[ranks.rank]), "notes": notes}
     study = replace(study, sigma=sigma, about=about)
-    store = _opened(ranks, Path(folder), {**fingerprint, "sigma": sigma}, facts)
+    store = _opened(ranks, folder, {**fingerprint, "sigma": sigma}, facts)
     store.notes += notes
     return _Run(ranks, study, store, facts, progress).run(encoded, refused)
 
