@@ -8,6 +8,7 @@ __all__ = [
     "PlanError",
     "PromptError",
     "StoreError",
+    "UnequalLengthsError",
 ]
 
 
@@ -43,3 +44,7 @@ class NumericsError(FasttraceError):
 
 class StoreError(FasttraceError):
     """A result cannot be written to, or read from, the given place."""
+
+
+class UnequalLengthsError(PromptError):
+    """A counterfactual has another number of tokens than its prompt; the message has both, one under the other."""

@@ -199,6 +199,7 @@ class Study:
             "subject": prompt.subject,
             "notes": [*self.about.get("notes", ()), *prompt.notes, *self._second_look()],
             **(self._pair(prompt) if prompt.counterfactuals else self._noise()),
+            **self._foil(prompt),
             "dtype": str(self.anatomy.dtype).removeprefix("torch."),
             "device": str(self.anatomy.device),
             "attention": str(self.anatomy.config._attn_implementation),
@@ -225,6 +226,12 @@ class Study:
             "samples": len(prompt.counterfactuals),
             "direction": "denoising",
         }
+
+    def _foil(self, prompt: Prompt) -> dict[str, Any]:
+        if prompt.foil_id is None:
+            return {}
+        foil = None if self.tokenizer is None else token_text(self.tokenizer, prompt.foil_id)
+        return {"foil": foil, "foil_id": prompt.foil_id}
 
     def _second_look(self) -> list[str]:
         """What the corrupted runs see beside noised embeddings, if anything."""

@@ -7,8 +7,8 @@ import pytest
 
 import fasttrace
 from fasttrace import PlanError, PromptError
+from fasttrace.errors import UnequalLengthsError
 from fasttrace.experiment.own_cells import own_cells
-from fasttrace.prompts.pairs import UnequalLengthsError
 from tests.helpers.tracers import tracer_with_text
 
 PROMPT = "When John and Mary went to the shops, John gave the bag to"

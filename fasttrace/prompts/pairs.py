@@ -11,21 +11,17 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from fasttrace.checks import items, shown, text, token_ids, whole_number
-from fasttrace.errors import PlanError, PromptError
+from fasttrace.errors import PlanError, PromptError, UnequalLengthsError
 from fasttrace.prompts.prompt import Prompt, token_text
 from fasttrace.prompts.targets import target_token
 from fasttrace.prompts.tokenization import encode_text
 
-__all__ = ["UnequalLengthsError", "differing", "with_counterfactual", "with_foil"]
+__all__ = ["differing", "with_counterfactual", "with_foil"]
 
 logger = logging.getLogger("fasttrace")
 
 AGREE = 3
 """Tokens that are shown of a stretch in which both prompts agree, at each end."""
-
-
-class UnequalLengthsError(PromptError):
-    """A counterfactual has another number of tokens than its prompt; the message has both, one under the other."""
 
 
 def with_counterfactual(tokenizer: Any, prompt: Prompt, counterfactual: Any, vocabulary: int) -> Prompt:
