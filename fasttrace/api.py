@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from fasttrace.checks import flag, function, memory_told, span_of, text, token_ids, whole_number
+from fasttrace.checks import function, memory_told
 from fasttrace.engines.memory import Budget, check_samples, tokens_allowed
 from fasttrace.engines.passes import Progress
 from fasttrace.engines.self_check import EngineChoice, choose
@@ -444,14 +444,14 @@ class Tracer:
         anatomy = self._anatomy
         return encode(
             self.tokenizer,
-            _text("prompt", prompt) if isinstance(prompt, str) else token_ids("prompt", prompt),
-            _subject(subject),
-            _target(target),
+            prompt,
+            subject,
+            target,
             vocabulary=anatomy.vocabulary,
             max_positions=anatomy.max_positions,
             subject_start=subject_start,
-            first_target_token=flag("first_target_token", first_target_token, error=PromptError),
-            tell=flag("tell", tell, error=PromptError),
+            first_target_token=first_target_token,
+            tell=tell,
         )
 
     def windows(self, streams: Sequence[str] | None, window: int) -> dict[str, int]:
@@ -476,7 +476,7 @@ class Tracer:
             EngineError: an unknown engine, or none that passes the self-check.
         """
         noise = 0.0 if subjects is None else settings.noise
-        subjects = settings.noise_subjects or subjects
+        subjects = settings.noise_subjects or subjects or ()
         ids = subjects_of(self.tokenizer, subjects, self._anatomy.vocabulary) if isinstance(noise, str) else []
         if not isinstance(noise, str):
             _check_sigma(noise, noise, self.dtype)
@@ -487,25 +487,6 @@ class Tracer:
         about |= {"trust_remote_code": True} if self.trust_remote_code else {}
         budget = Budget(tokens_allowed(self._anatomy, settings.budget))
         return Study(self._anatomy, self.tokenizer, settings, windows, sigma, choice, self.fuse, budget, about)
-
-
-def _text(name: str, value: str) -> str:
-    """What prompt, subject and target may hold is judged where they are tokenized."""
-    return text(name, value, error=PromptError, empty=True)
-
-
-def _subject(subject: Any) -> str | tuple[int, int] | None:
-    if subject is None:
-        return None
-    return _text("subject", subject) if isinstance(subject, str) else span_of("subject", subject)
-
-
-def _target(target: Any) -> str | int | None:
-    if target is None:
-        return None
-    if isinstance(target, str):
-        return _text("target", target)
-    return whole_number("target", target, meaning="a token id; or give text", error=PromptError)
 
 
 def _check_sigma(noise: float | str, sigma: float, dtype: torch.dtype) -> None:

@@ -5,11 +5,12 @@ that show the tokens; what is taken otherwise than typed is logged and kept in t
 """
 
 import logging
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fasttrace.checks import flag, span_of, token_ids, whole_number
+from fasttrace.checks import text as checked_text
 from fasttrace.errors import PromptError
 from fasttrace.prompts.subjects import Place, places_of, what_is_there
 from fasttrace.prompts.targets import target_token
@@ -79,9 +80,12 @@ def encode(
     Raises:
         PromptError: empty or too long prompt, subject or target that cannot be found; it shows the tokens.
     """
-    text = prompt if isinstance(prompt, str) else None
-    encoding = _given_ids(prompt) if text is None else _encoded(tokenizer, text)
+    text = _plain(prompt, "prompt") if isinstance(prompt, str) else None
+    encoding = Encoding(token_ids("prompt", prompt), None, []) if text is None else _encoded(tokenizer, text)
     ids = encoding.ids
+    if subject is not None:
+        subject = _plain(subject, "subject") if isinstance(subject, str) else span_of("subject", subject)
+    first_target_token = flag("first_target_token", first_target_token, error=PromptError)
     _check_ids("the prompt", tokenizer, ids, vocabulary)
     _check_length(ids, max_positions)
     tokens = tuple(token_text(tokenizer, token_id) for token_id in ids)
@@ -89,7 +93,7 @@ def encode(
     target_id, target_notes = _target_of(tokenizer, target, text, ids, first_target_token)
     _check_target(tokenizer, target, target_id, vocabulary)
     notes = (*encoding.notes, *subject_notes, *target_notes)
-    if notes and tell:
+    if flag("tell", tell, error=PromptError) and notes:
         logger.warning("%s", "; ".join(notes))
     return Prompt(
         text=text,
@@ -102,62 +106,30 @@ def encode(
     )
 
 
-def subjects_of(tokenizer: Any, subjects: Any, vocabulary: int) -> list[list[int]]:
+def subjects_of(tokenizer: Any, subjects: Iterable[str | Sequence[int]], vocabulary: int) -> list[list[int]]:
     """Subjects to measure noise on, as token ids.
 
     Args:
         tokenizer: a Hugging Face tokenizer; None if they are given as token ids.
-        subjects: texts or lists of token ids; one text, or one list of ids, is one subject.
+        subjects: texts or lists of token ids.
         vocabulary: number of token ids the model knows.
 
     Raises:
-        PromptError: there are none, or one is neither text nor token ids, has no tokens, or such as the model does not
-            know.
+        PromptError: there are none, or one has no tokens, or tokens that the model does not know.
     """
-    given = [subjects] if isinstance(subjects, str) else _listed(subjects)
-    if given and all(_whole(value) is not None for value in given):
-        given = [given]
-    if not given:
+    found = [(item, plain_ids(tokenizer, item) if isinstance(item, str) else list(item)) for item in subjects]
+    if not found:
         raise PromptError("there are no subjects to measure the noise on: give texts or lists of token ids")
-    found = [plain_ids(tokenizer, item) if isinstance(item, str) else _ids_of(item) for item in given]
-    for item, ids in zip(given, found, strict=True):
+    for item, ids in found:
         if not ids:
             raise PromptError(f"a subject to measure the noise on is {item!r}, which has no tokens; leave it out")
         _check_ids(f"subject {item!r}", tokenizer, ids, vocabulary)
-    return found
+    return [ids for _, ids in found]
 
 
-def _listed(values: Any) -> list[Any]:
-    """The items of a list, an array or a tensor."""
-    values = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(values, Iterable) or isinstance(values, bytes):
-        raise PromptError(f"expected texts or lists of whole token ids, found {values!r}")
-    return list(values)
-
-
-def _whole(value: Any) -> int | None:
-    """A whole number of any package as Python's; None if it is something else, such as a bool."""
-    if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
-
-
-def _ids_of(values: Any) -> list[int]:
-    found = [_whole(value) for value in _listed(values)]
-    ids = [value for value in found if value is not None]
-    if len(ids) < len(found):
-        raise PromptError(f"a prompt is text or a list of whole token ids; found {values!r}")
-    return ids
-
-
-def _given_ids(prompt: Sequence[Any]) -> Encoding:
-    ids = _ids_of(prompt)
-    if not ids:
-        raise PromptError("the prompt is empty; give at least one token")
-    return Encoding(ids, offsets=None, notes=[])
+def _plain(value: str, name: str) -> str:
+    """A text of Python's own; whether it says enough is judged where it is tokenized."""
+    return checked_text(name, value, error=PromptError, empty=True)
 
 
 def _encoded(tokenizer: Any, text: str) -> Encoding:
@@ -186,19 +158,18 @@ def _check_length(ids: Sequence[int], max_positions: int | None) -> None:
 
 
 def _span_of(
-    subject: Any, start: int | None, text: str | None, offsets: Offsets | None, tokens: tuple[str, ...]
+    subject: str | tuple[int, int] | None,
+    start: int | None,
+    text: str | None,
+    offsets: Offsets | None,
+    tokens: tuple[str, ...],
 ) -> tuple[tuple[int, int], list[str]]:
     """The subject's tokens, and what the user should be told about them."""
     if subject is None:
         return (0, len(tokens)), []
     if isinstance(subject, str):
         return _found_span(subject.strip(), start, text, offsets, tokens)
-    try:
-        begin, end = map(_whole, subject)
-    except (TypeError, ValueError):
-        begin = end = None
-    if begin is None or end is None:
-        raise PromptError(f"subject is {subject!r}; give its text, or a half-open token span such as (0, 4)")
+    begin, end = subject
     if not 0 <= begin < end <= len(tokens):
         raise PromptError(
             f"subject span {(begin, end)} covers no tokens of a prompt of {len(tokens)}; "
@@ -276,17 +247,17 @@ def _target_of(
     tokenizer: Any, target: Any, text: str | None, ids: Sequence[int], first: bool
 ) -> tuple[int | None, list[str]]:
     """The target's token, and what the user should be told about it."""
+    if target is None:
+        return None, []
     if isinstance(target, str):
-        return target_token(tokenizer, target, text, ids, first)
-    return (target if target is None else _whole(target)), []
+        return target_token(tokenizer, _plain(target, "target"), text, ids, first)
+    return whole_number("target", target, meaning="a token id; or give text", error=PromptError), []
 
 
 def _check_target(tokenizer: Any, target: Any, target_id: int | None, vocabulary: int) -> None:
-    if target is None:
-        return
-    if target_id is None or not 0 <= target_id < vocabulary:
-        found, advice = (target_id, _too_many(tokenizer, vocabulary)) if isinstance(target, str) else (target, "")
-        raise PromptError(f"target is {found!r}; give text, or a token id from 0 to {vocabulary - 1}{advice}")
+    if target_id is not None and not 0 <= target_id < vocabulary:
+        advice = _too_many(tokenizer, vocabulary) if isinstance(target, str) else ""
+        raise PromptError(f"target is {target_id}; give text, or a token id from 0 to {vocabulary - 1}{advice}")
 
 
 def _numbered(tokens: tuple[str, ...]) -> str:

@@ -49,6 +49,7 @@ def error_of(engine, name, dtype=torch.float32):
     return max(np.abs(given - wanted).max() for given, wanted in pairs) / np.ptp(expected.cells)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*zoo.LISTED, *zoo.VARIANTS])
 def test_engines_equal_plain_forward_passes_and_the_best_one_is_chosen(name):
     anatomy, _, expected = case(name)

@@ -50,6 +50,7 @@ def test_prompts_of_any_length_span_and_samples_share_a_pass(family):
         assert_same(scores, plain(anatomy, job), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in LISTED if name not in (*OWN_ATTENTION, *RECURRENT)])
 def test_prompts_share_a_pass_in_every_family_of_the_wavefront(name):
     """Windows, soft caps, learnt and rotary positions, shared keys, latent attention, experts."""
