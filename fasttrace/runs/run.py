@@ -148,13 +148,15 @@ def run(
 
 def _opened(ranks: Ranks, folder: Path, fingerprint: Mapping[str, Any], facts: FactSet) -> Store:
     """The store in every process; the first one makes it, and sets aside what is damaged."""
+    made: list[Store] = []
 
     def first() -> None:
         store = Store.open(folder, fingerprint)
         store.describe(facts.name, len(facts), [str(bad) for bad in facts.bad], [fact.id for fact in facts])
+        made.append(store)
 
     ranks.first(first)
-    return Store.open(folder, fingerprint)
+    return made[0] if made else Store.open(folder, fingerprint)
 
 
 class _Run:
@@ -237,7 +239,7 @@ class _Run:
         unknown = [each for each in encoded if each.fact.id in left][self.ranks.rank :: self.ranks.world]
         shares = self.ranks.all(lambda: self.study.known(unknown))
         self._skip(shares[self.ranks.rank][1], sum(len(skipped) for _, skipped in shares))
-        status = self.ranks.first(self._status)
+        status = self.ranks.first(self.store.statuses)
         before = [each for each in encoded if each.fact.id not in left and status[each.fact.id] == "traced"]
         return [*before, *(each for known, _ in shares for each in known)]
 
