@@ -120,7 +120,7 @@ def test_tables_of_a_common_pack_are_well_formed(shapes):
             assert block.mlp_spread.max() < len(block.mlp_keep)
         n_previous = block.n_tokens
     assert max(block.n_tokens for block in pack.blocks) == peak_tokens(plans)
-    assert len(pack.last_tokens) == sum(plan.last_tokens.size for plan in plans)
+    assert len(pack.read_tokens) == sum(plan.last_tokens.size for plan in plans)
 
 
 def assert_covers(block, pack):
