@@ -271,7 +271,9 @@ class Tracer:
             prompt: see `trace`, as all that is not named here.
             cells: each an edit (site, layer, position), which puts the clean value back there; or a list of edits; or a
                 mapping with these under "edits" and the cell's coordinates under names of its own. A fourth item of an
-                edit is its source: "clean" or "corrupted". Negative positions count from the prompt's end.
+                edit is its source: "clean", "corrupted" or a vector (`experiment.cells.Vector`). The coordinate
+                "background" says in which run the edits are made, "corrupted" by default. Negative positions count from
+                the prompt's end.
             subject: see `trace`.
             target: see `trace`.
             counterfactual: see `trace`.
@@ -282,7 +284,7 @@ class Tracer:
         Returns:
             A row per cell, in the cells' order: coordinates (of a cell without them its first edit's site, layer and
             position), a column per metric, averaged over the corrupted runs, and a column with ``_effect`` behind the
-            metric's name, which is less what the corrupted runs give. ``attrs["runs"]`` has both runs' metrics.
+            metric's name, which is less what the cell's background gives. ``attrs["runs"]`` has both runs' metrics.
 
         Raises:
             PlanError: no cells, an edit outside the model or the prompt, a cell that writes one place twice, or see
@@ -300,7 +302,7 @@ class Tracer:
                 self._anatomy.modules_at(site)
             study = self._study_of_prompt(settings, encoded)
             ((scores, _),) = study.scores([study.job(encoded, found)], progress=progress)
-            return study.frame(coordinates, encoded, scores)
+            return study.frame(coordinates, found, encoded, scores)
 
     def _study_of_prompt(self, settings: Settings, prompt: Prompt) -> Study:
         pair = bool(prompt.counterfactuals)

@@ -24,7 +24,7 @@ from fasttrace.engines.passes import Progress
 from fasttrace.engines.readout import Scores
 from fasttrace.engines.self_check import EngineChoice, confirm, prompts_share_passes
 from fasttrace.errors import NumericsError, PromptError
-from fasttrace.experiment.cells import Cell, grid_cells
+from fasttrace.experiment.cells import Cell, background_of, grid_cells
 from fasttrace.experiment.corruption import Corruption, Counterfactual, Embedder, Noise
 from fasttrace.experiment.metrics import MEANLESS
 from fasttrace.experiment.settings import Settings
@@ -167,11 +167,14 @@ class Study:
             metadata={**self._metadata(prompt), **scores.how},
         )
 
-    def frame(self, coordinates: Sequence[Mapping[str, Any]], prompt: Prompt, scores: Scores) -> pd.DataFrame:
+    def frame(
+        self, coordinates: Sequence[Mapping[str, Any]], cells: Sequence[Cell], prompt: Prompt, scores: Scores
+    ) -> pd.DataFrame:
         """A row per cell: its coordinates, its metrics averaged over the corrupted runs, and their effects.
 
         Args:
             coordinates: of the cells, column -> value.
+            cells: in their order.
             prompt: encoded.
             scores: of these cells.
         """
@@ -183,7 +186,7 @@ class Study:
             clean, *corrupted = scores.base_of(name)
             runs["clean"][name], runs["corrupted"][name] = float(clean), float(np.mean(corrupted))
             columns[name] = scores.of(name).mean(-1)
-            columns[f"{name}_effect"] = columns[name] - runs["corrupted"][name]
+            columns[f"{name}_effect"] = columns[name] - [runs[background_of(cell)][name] for cell in cells]
         frame = pd.concat([pd.DataFrame(list(coordinates)), pd.DataFrame(columns)], axis=1)
         frame.attrs = {"runs": runs, "target_id": scores.target, **self._metadata(prompt), **scores.how}
         return frame

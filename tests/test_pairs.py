@@ -8,6 +8,7 @@ import pytest
 import fasttrace
 from fasttrace import PlanError, PromptError
 from fasttrace.errors import UnequalLengthsError
+from fasttrace.experiment.cells import ZERO
 from fasttrace.experiment.own_cells import own_cells
 from tests.helpers.tracers import tracer_with_text
 
@@ -161,10 +162,33 @@ def test_cells_that_are_none_are_refused(cells, message):
         own_cells(cells, n_layers=4, n_positions=6)
 
 
+def test_noising_asks_what_is_necessary():
+    """Corrupted values in the clean run; all of the last state gives the corrupted run's own metrics."""
+    last = ("block_output", 3, -1)
+    cells = [
+        {"edits": [(*last, "corrupted")], "background": "clean"},
+        {"edits": [last], "background": "corrupted"},
+        {"edits": [("mlp_output", 1, 2, ZERO)], "background": "clean"},
+    ]
+    options = {"counterfactual": OTHER_IDS, "target": 7, "foil": 8}
+    tracer = tracer_with_text()
+    cells = [
+        {**cell, "edits": [(s, min(x, tracer.anatomy.n_layers - 1), *r) for s, x, *r in cell["edits"]]}
+        for cell in cells
+    ]
+    frame, plain = (tracer.sweep(IDS, cells, engine=name, **options) for name in ("auto", "reference"))
+    gap = frame.attrs["runs"]["clean"]["logit_diff"] - frame.attrs["runs"]["corrupted"]["logit_diff"]
+    assert frame["logit_diff_effect"][:2].to_numpy() == pytest.approx([-gap, gap], abs=1e-5)
+    np.testing.assert_allclose(frame["logit_diff_effect"], plain["logit_diff_effect"], atol=1e-5)
+    assert list(frame["background"]) == ["clean", "corrupted", "clean"]
+
+
 def test_cells_may_be_given_in_any_form():
     edit = fasttrace.experiment.cells.Edit("mlp_output", 1, 2)
     forms = [edit, ("mlp_output", np.int64(1), 2), [edit], [("mlp_output", 1, -4)], {"edits": edit, "name": "a"}]
     coordinates, cells = own_cells(forms, n_layers=4, n_positions=6)
     assert set(cells) == {(edit,)}
+    with pytest.raises(PlanError, match=r"cells\[0\] has the unknown background 'noisy'"):
+        own_cells([{"edits": edit, "background": "noisy"}], n_layers=4, n_positions=6)
     assert coordinates[0] == {"site": "mlp_output", "layer": 1, "position": 2}
     assert coordinates[-1] == {"name": "a"}
