@@ -20,7 +20,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 POINTER = b"version https://git-lfs"
 """What the small file begins with that Git leaves in place of a large one which it has not fetched."""
 
-GGUF = "GGUF files are not supported yet; give the model as a Hugging Face id, or as a folder with safetensors"
+GGUF = "a GGUF file is given by itself, as folder/file.gguf or owner/name/file.gguf"
 
 TRUST = (
     "it runs only with trust_remote_code=True (--trust-remote-code), and can then do whatever you can; read it first"
@@ -66,9 +66,6 @@ def check_folder(folder: Path) -> None:
             raise ModelError(f"{entry.name} in {folder} is not a regular file; a model's folder holds files alone")
     names = {entry.name for entry in entries}
     if names.isdisjoint({CONFIG, ADAPTER_CONFIG}):
-        gguf = [name for name in sorted(names) if name.endswith(".gguf")]
-        if gguf:
-            raise ModelError(f"{folder} holds {gguf[0]}: {GGUF}")
         raise ModelError(f"{folder} is a folder without {CONFIG}: give the folder that save_pretrained wrote")
 
 
@@ -123,14 +120,14 @@ def check_size(skeleton: nn.Module, name: str, itemsize: int, *, quantized: bool
         )
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in skeleton.buffers())
     needed = buffers + (0 if quantized or spread else weights * itemsize)
-    if needed > (memory := _memory()):
+    if needed > (most := memory()):
         raise ModelError(
-            f"{name} takes {needed / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f} GiB: take a smaller "
+            f"{name} takes {needed / 2**30:,.0f} GiB, and this machine has {most / 2**30:,.0f} GiB: take a smaller "
             "dtype, or device_map='auto' with an offload_folder"
         )
 
 
-def _memory() -> int:
+def memory() -> int:
     """Bytes of the machine, in main memory, swap and GPUs."""
     found = psutil.virtual_memory().total + psutil.swap_memory().total
     if torch.cuda.is_available():

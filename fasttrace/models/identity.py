@@ -43,7 +43,7 @@ _LISTED = """
 transformers_version architectures auto_map dtype torch_dtype _pre_quantization_dtype
 attn_implementation experts_implementation return_dict torchscript gradient_checkpointing id2label label2id num_labels
 problem_type finetuning_task task_specific_params loss_type router_aux_loss_coef initializer_range initializer_factor
-summary_type summary_use_proj summary_activation summary_proj_to_labels chunk_size_feed_forward
+gguf_quantization summary_type summary_use_proj summary_activation summary_proj_to_labels chunk_size_feed_forward
 """
 
 NOT_COMPUTED_WITH = {*_LISTED.split()} | (vars(GenerationConfig()).keys() - COMPUTED_WITH)
@@ -105,8 +105,8 @@ def digests(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shown_name(name: str | os.PathLike[str]) -> str:
-    """A model's name for files that are made to be shared: a folder's last name, or a model's id, and no path."""
-    if not (os.path.isabs(name) or os.path.isdir(name)):
+    """A model's name for files that are made to be shared: a path's last name, or a model's id, and no path."""
+    if not (os.path.isabs(name) or os.path.exists(name)):
         return str(name)
     path = os.path.abspath(name)
     cached = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", path)

@@ -429,7 +429,7 @@ def test_verify_agrees_within_its_tolerance(folder, monkeypatch):
 
 
 def test_the_demo_traces_its_case_and_names_its_files(folder, tmp_path, without_figure, monkeypatch):
-    monkeypatch.setattr(demo, "model_folder", lambda progress=None: folder)
+    monkeypatch.setattr(demo, "model_folder", lambda name: folder)
     done = run("demo", "--out", tmp_path / "demo")
     assert done.exit_code == 0, done.output
     assert '" Paris"' in done.stdout
