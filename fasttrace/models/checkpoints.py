@@ -18,7 +18,7 @@ from fasttrace.errors import ModelError, first_line
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 POINTER = b"version https://git-lfs"
-"""What the small file begins with that Git leaves in place of a large one which it has not fetched."""
+"""The first bytes of the small file that Git leaves in place of a large one it has not fetched."""
 
 GGUF = "a GGUF file is given by itself, as folder/file.gguf or owner/name/file.gguf"
 
@@ -86,7 +86,7 @@ def check_config(config: Mapping[str, Any], name: str, *, trusted: bool) -> None
 
 
 def _values(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """All values that are no objects and no lists, with the key that each stands under."""
+    """All plain values inside of objects and lists, each with its key."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             yield from _values(item, str(name))
@@ -158,7 +158,7 @@ def check_weights(name: str, model: nn.Module, info: Mapping[str, Any]) -> None:
 
 
 def differences(missing: Iterable[str], unexpected: Iterable[str], shapes: Iterable[str] = ()) -> list[str]:
-    """Between weights in files and weights of a model, in words: how many, and the first few."""
+    """How the weights in files differ from those of a model, in words: how many, and the first few."""
     kinds = (
         (sorted(missing), "not in its files"),
         (sorted(shapes), "of another shape there"),
@@ -218,7 +218,7 @@ def damaged_tokenizer(folder: Path) -> str | None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Files that hold weights: safetensors, and where there are none, pickles; none for an id."""
+    """Files that hold weights: safetensors, or else pickles; empty for an id."""
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
 
 
@@ -271,7 +271,7 @@ def _wrong_pickle(path: Path) -> str | None:
 
 
 def folder_of(source: str, revision: str | None) -> Path | None:
-    """The folder that holds a model's files: the local one, or that of the cache; None where there is none."""
+    """The folder with a model's files, local or in the cache; None if there is none."""
     if os.path.isdir(source):
         return Path(source)
     from huggingface_hub import try_to_load_from_cache

@@ -1,7 +1,6 @@
 """TraceResult: the grids of a sweep, their effects, the tidy frame, and the files they are kept in."""
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from fasttrace.checks import flag, path_of, shown, whole_number
 from fasttrace.errors import PlanError, StoreError
 from fasttrace.files.names import plain_name
 from fasttrace.files.received import NONSENSE, expect, why
-from fasttrace.files.writing import as_utf8, atomic_write, read_parquet, write_parquet
+from fasttrace.files.writing import as_utf8, atomic_write, plain_json, read_parquet, write_parquet
 from fasttrace.planning.cost import Cost
 from fasttrace.results.received import check_result, check_streams
 from fasttrace.results.rome import rome_arrays, rome_path
@@ -393,16 +392,6 @@ def _windows(windows: Mapping[str, int]) -> dict[str, int]:
     return {stream: int(window) for stream, window in windows.items()}
 
 
-def _json_number(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
-    raise StoreError(f"the metadata holds {value!r}, which JSON cannot: store it as a string or a number")
-
-
-def _metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(dict(metadata), default=_json_number))
-
-
 _FIELD_TYPES = {
     "prob": _grids,
     "prob_std": _grids,
@@ -415,7 +404,7 @@ _FIELD_TYPES = {
     "target_id": int,
     "top": _top,
     "windows": _windows,
-    "metadata": _metadata,
+    "metadata": lambda values: plain_json(values, "metadata"),
 }
 _FIELD_NAMES = tuple(field.name for field in dataclasses.fields(TraceResult))
 _GRID_FIELDS = ("prob", "prob_std")
