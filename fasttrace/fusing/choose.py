@@ -35,7 +35,7 @@ from fasttrace.fusing.cpu_linears import (
     onednn_is_faster,
 )
 from fasttrace.models.anatomy import Anatomy
-from fasttrace.models.hooks import exclusive, replaced_forward
+from fasttrace.models.hooks import exclusive, modules_of, replaced_forward
 from fasttrace.planning.packs import Pack
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def fused(anatomy: Anatomy, fuse: bool = True) -> Iterator[None]:
                 stack.enter_context(fused_glue(anatomy))
             if anatomy.device.type == "cpu" and not anatomy.is_offloaded:
                 _fuse_on_cpu(anatomy, stack)
-            for module in anatomy.model.modules():
+            for module in modules_of(anatomy.model):
                 if isinstance(module, NewGELUActivation) and "forward" not in vars(module):
                     stack.enter_context(replaced_forward(module, gelu_tanh))
         yield
