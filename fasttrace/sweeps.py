@@ -23,7 +23,8 @@ from fasttrace.models.anatomy import Anatomy, module_paths
 from fasttrace.models.second_look import second_look_note
 from fasttrace.planning.cost import Cost
 from fasttrace.prompts.prompt import Prompt, token_text
-from fasttrace.results.result import TraceResult
+from fasttrace.results.metric_grids import MetricGrids
+from fasttrace.results.result import BACKGROUND, DIRECTION, TraceResult
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,20 @@ class Sweep:
                 f"probabilities came out as NaN in {self.anatomy.dtype}, with noise of standard deviation "
                 f"{self.sigma:g}; try dtype='bfloat16' or 'float32', or less noise"
             )
-        grids = scores.cells.reshape(len(self.windows), self.anatomy.n_layers, len(prompt.token_ids), -1)
-        high, *low = scores.base_of("prob")
+        shape = (len(self.windows), self.anatomy.n_layers, len(prompt.token_ids), -1)
+        metrics = {
+            name: MetricGrids.of_samples(
+                name, tuple(self.windows), scores.of(name).reshape(shape), scores.base_of(name)
+            )
+            for name in scores.names
+        }
+        prob = metrics.pop("prob")
         return TraceResult(
-            prob=dict(zip(self.windows, grids.mean(-1), strict=True)),
-            prob_std=dict(zip(self.windows, grids.std(-1), strict=True)),
-            clean_prob=float(high),
-            corrupted_prob=float(np.mean(low)),
-            corrupted_std=float(np.std(low)),
+            prob=prob.mean,
+            prob_std=prob.std,
+            clean_prob=prob.clean,
+            corrupted_prob=prob.corrupted,
+            corrupted_std=prob.corrupted_std,
             tokens=prompt.tokens,
             token_ids=prompt.token_ids,
             span=prompt.span,
@@ -92,6 +99,9 @@ class Sweep:
             windows=dict(self.windows),
             cost=cost,
             metadata={**self._metadata(prompt), **scores.how},
+            target_ids=scores.targets,
+            foil_ids=scores.foils,
+            others=metrics,
         )
 
     def _top(self, ids: np.ndarray, probs: np.ndarray) -> tuple[tuple[int, str, float], ...]:
@@ -107,6 +117,8 @@ class Sweep:
             "sigma": self.sigma,
             "samples": self.samples,
             "seed": self.seed,
+            "direction": DIRECTION,
+            "background": BACKGROUND,
             "dtype": str(self.anatomy.dtype).removeprefix("torch."),
             "device": str(self.anatomy.device),
             "attention": str(self.anatomy.config._attn_implementation),
