@@ -10,7 +10,7 @@ JSON.
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,10 +23,9 @@ from bench.card import card, print_card
 from bench.gate import DisagreementError
 from bench.report import new_report, path_of, write
 from bench.timing import Ceiling, Section, default_device, matmul_ceiling, seconds_of, sustained_rate
-from fasttrace.engines import LAYOUTS
 from fasttrace.engines.memory import READOUT_BYTES, Budget, bytes_per_token
-from fasttrace.many import Encoded, Study, study_of
-from fasttrace.planning.packs import peak_tokens
+from fasttrace.experiment.settings import Settings
+from fasttrace.study import Encoded, Study
 
 ALLOWED = {torch.float32: 1e-3, torch.float64: 1e-9}
 HALF_ALLOWED = 0.1
@@ -84,7 +83,8 @@ class Peak:
 
 def known_facts(tracer: fasttrace.Tracer, facts: Any, count: int, **options: Any) -> tuple[Study, list[Encoded]]:
     """A study, and the first facts that the model knows."""
-    study, encoded, _ = study_of(tracer, facts, require_correct=True, **options)
+    settings = Settings(first_target_token=True, require_correct=True, **options)
+    study, encoded, _ = tracer.study_of(fasttrace.read_facts(facts), settings)
     known: list[Encoded] = []
     for begin in range(0, len(encoded), 64):
         known += study.known(encoded[begin : begin + 64])[0]
@@ -95,7 +95,7 @@ def known_facts(tracer: fasttrace.Tracer, facts: Any, count: int, **options: Any
 
 def measure_speed(study: Study, known: Sequence[Encoded], ceiling: Ceiling, device: str) -> Speed:
     """Packs and single prompts in turn; which of them meets a shape first, and plans it, changes from pack to pack."""
-    anatomy = study.sweep.anatomy
+    anatomy = study.anatomy
     packs = study.packed(known)
     together: list[float] = []
     alone: list[float] = []
@@ -115,7 +115,7 @@ def measure_speed(study: Study, known: Sequence[Encoded], ceiling: Ceiling, devi
     gflops = 1e-9 * flops / sum(together)
     return Speed(
         dtype=str(anatomy.dtype).removeprefix("torch."),
-        samples=study.sweep.samples,
+        samples=study.settings.samples,
         facts=len(known),
         budget=study.budget.tokens,
         packs=[len(pack) for pack in packs],
@@ -156,8 +156,8 @@ def agreement(
 
 def largest_pack(study: Study, packs: Sequence[Sequence[Encoded]]) -> int:
     """Tokens of the largest pack that runs; of a prompt that is split, the budget."""
-    layers, layout = study.sweep.anatomy.n_layers, LAYOUTS[study.sweep.choice.name]
-    sizes = [peak_tokens([study.sweep.job(each.prompt).plan(layers, layout) for each in pack]) for pack in packs]
+    jobs = [[study.job(each.prompt) for each in pack] for pack in packs]
+    sizes = [study.engine.tokens(study.anatomy, pack) for pack in jobs]
     return min(study.budget.tokens, max(sizes))
 
 
@@ -165,15 +165,15 @@ def measure_peaks(study: Study, known: Sequence[Encoded], budgets: Sequence[int]
     """Peak memory of the same facts under several budgets; their grids have to agree."""
     peaks, first = [], None
     for budget in budgets:
-        limited = Study(study.sweep, study.encode, study.fuse, Budget(budget))
+        limited = replace(study, budget=Budget(budget))
         packs = limited.packed(known)
         with Section(device) as before:
             pass
         with Section(device) as section:
             found = results(limited, packs)
         first = first or found
-        agreement(found, first, study.sweep.anatomy.dtype)
-        allowed = budget * bytes_per_token(study.sweep.anatomy) + READOUT_BYTES
+        agreement(found, first, study.anatomy.dtype)
+        allowed = budget * bytes_per_token(study.anatomy) + READOUT_BYTES
         peaks.append(Peak(budget, largest_pack(limited, packs), allowed, section.peak - before.peak))
     return peaks
 

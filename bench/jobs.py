@@ -7,13 +7,13 @@ from functools import cached_property
 import torch
 
 from bench.cases import STREAMS, WINDOW, Workload
+from fasttrace.engines import ENGINES
 from fasttrace.engines.job import Job
-from fasttrace.engines.passes import run_in_passes
+from fasttrace.engines.memory import Budget, tokens_allowed
 from fasttrace.engines.readout import Scores
 from fasttrace.engines.self_check import choose
 from fasttrace.experiment.cells import Cell, grid_cells, windows_of
 from fasttrace.experiment.corruption import Runs, draw
-from fasttrace.fusing.choose import fused
 from fasttrace.models.anatomy import Anatomy, anatomy_of
 from fasttrace.planning.cost import Cost
 
@@ -55,5 +55,5 @@ class Runner:
 
     def run(self, job: Job) -> tuple[Scores, Cost]:
         """Runs a job in as few passes as memory allows."""
-        with fused(self.anatomy, self.checked_engine != "reference"):
-            return run_in_passes(self.checked_engine, self.anatomy, job)
+        budget = Budget(tokens_allowed(self.anatomy, "auto"))
+        return ENGINES[self.checked_engine].scores(self.anatomy, [job], budget, fuse=True)[0]

@@ -12,10 +12,10 @@ from bench.cases import STREAMS, WINDOW, Case, Workload, build_all, fitted, weig
 from bench.gate import HalfError, agree, half_error
 from bench.split import Split, time_split
 from bench.timing import Ceiling, Run, Section, Timing, seconds_of, sustained_rate
-from fasttrace.engines.memory import Budget, tokens_allowed
+from fasttrace.experiment.settings import Settings
 from fasttrace.facts.dataset import Fact
-from fasttrace.many import Study
 from fasttrace.planning.cost import Cost, total
+from fasttrace.study import Encoded
 
 GATE_CELLS = 12
 """Of one prompt; of several prompts three each, one of every stream."""
@@ -102,11 +102,10 @@ def trace_all(tracer: fasttrace.Tracer, workloads: list[Workload], engine: str) 
     if len(workloads) == 1:
         return [tracer.trace(workloads[0].prompt, engine=engine, **workloads[0].trace_options())]
     case, windows = workloads[0].case, tracer.windows(STREAMS, WINDOW)
-    sweep = tracer.sweep(windows, case.noise, (), case.samples, case.seed, engine)
+    settings = Settings(noise=case.noise, samples=case.samples, seed=case.seed, engine=engine, strict=True)
+    study = tracer._study(settings, windows, ())
     prompts = [tracer.encode(each.prompt, each.case.subject, each.target) for each in workloads]
-    budget = Budget(tokens_allowed(tracer.anatomy, "auto"))
-    study = Study(sweep, lambda fact: prompts[int(fact.id)], tracer.fuse, budget, strict=True)
-    encoded, _ = study.encoded(Fact(str(number), "", "") for number in range(len(prompts)))
+    encoded = [Encoded(Fact(str(number), "", ""), prompt) for number, prompt in enumerate(prompts)]
     found = {int(record.fact.id): record.result for pack in study.run(study.packed(encoded)) for record in pack}
     return [result for _, result in sorted(found.items()) if result is not None]
 

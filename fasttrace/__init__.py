@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from fasttrace.experiment.cells import SITES, STREAMS
     from fasttrace.facts.dataset import Fact, read_facts
     from fasttrace.planning.cost import Cost
+    from fasttrace.reports.averages import average
+    from fasttrace.reports.exports import export
+    from fasttrace.reports.page import write_report
     from fasttrace.results.record import Record
     from fasttrace.results.result import TraceResult, load
     from fasttrace.runs.store import Store
@@ -44,12 +47,16 @@ __all__ = [
     "StoreError",
     "TraceResult",
     "Tracer",
+    "average",
+    "export",
     "load",
     "read_facts",
+    "write_report",
 ]
 
 _HOMES = {"Tracer": "api", "SITES": "experiment.cells", "STREAMS": "experiment.cells", "Cost": "planning.cost"}
 _HOMES |= {"ENGINES": "engines", "TraceResult": "results.result", "load": "results.result", "Record": "results.record"}
+_HOMES |= {"average": "reports.averages", "export": "reports.exports", "write_report": "reports.page"}
 _HOMES |= {"Store": "runs.store", "Fact": "facts.dataset", "read_facts": "facts.dataset"}
 
 

@@ -1,23 +1,24 @@
 """The straight line from a prompt to a grid: one call per module."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import nn
 
 from fasttrace.checks import flag, function, memory_told, span_of, text, token_ids, whole_number
-from fasttrace.engines.memory import check_samples
-from fasttrace.engines.passes import Progress, run_in_passes
+from fasttrace.engines.memory import Budget, check_samples, tokens_allowed
+from fasttrace.engines.passes import Progress
 from fasttrace.engines.self_check import EngineChoice, choose
 from fasttrace.engines.state import follow, state_of
 from fasttrace.errors import FasttraceError, ModelError, PlanError, PromptError
 from fasttrace.experiment.cells import windows_of
 from fasttrace.experiment.corruption import sigma_of
-from fasttrace.experiment.settings import Settings, engine_name
-from fasttrace.fusing.choose import fused
+from fasttrace.experiment.settings import ManyOptions, Settings, TraceOptions, engine_name, takes
+from fasttrace.facts.dataset import Fact, FactSet, check_answers, read_facts
 from fasttrace.fusing.cpu_linears import library_asked
 from fasttrace.models.anatomy import Anatomy, anatomy_of, module_paths
 from fasttrace.models.arguments import check_model, check_modules, checked_label, checked_name, explain_call
@@ -25,12 +26,12 @@ from fasttrace.models.identity import identity_of, shown_name
 from fasttrace.models.loading import load
 from fasttrace.prompts.prompt import Prompt, encode, subjects_of
 from fasttrace.prompts.tokenization import check_tokenizer
+from fasttrace.results.record import Record
 from fasttrace.results.result import TraceResult
-from fasttrace.sweeps import Sweep
+from fasttrace.study import Encoded, Study, encoded_facts
 
 if TYPE_CHECKING:
-    from fasttrace.facts.dataset import Fact
-    from fasttrace.results.record import Record
+    from fasttrace.runs.run import Outcome, Told
 
 LARGEST_DRAW = 10.0
 """Standard deviations; normal draws beyond it do not occur."""
@@ -187,22 +188,15 @@ class Tracer:
         self._anatomy = follow(self._anatomy, self._modules, state)
         return choose(self._anatomy, name, self.fuse, state)
 
+    @takes(TraceOptions)
     def trace(
         self,
         prompt: str | Sequence[int],
         *,
         subject: str | tuple[int, int],
         target: str | int | None = None,
-        streams: Sequence[str] | None = None,
-        window: int = Settings.window,
-        noise: float | str = Settings.noise,
-        noise_subjects: Sequence[str | Sequence[int]] | None = None,
-        samples: int = Settings.samples,
-        seed: int = Settings.seed,
-        engine: str = Settings.engine,
-        budget: int | str = Settings.budget,
-        first_target_token: bool = Settings.first_target_token,
         progress: Progress | None = None,
+        **options: Unpack[TraceOptions],
     ) -> TraceResult:
         """Causal traces of one prompt: a grid of restored runs per stream.
 
@@ -234,17 +228,7 @@ class Tracer:
 
         Source: Meng et al. (2022), "Locating and Editing Factual Associations in GPT", section 2.
         """
-        settings = Settings(
-            streams=streams,
-            window=window,
-            noise=noise,
-            noise_subjects=noise_subjects,
-            samples=samples,
-            seed=seed,
-            engine=engine,
-            budget=budget,
-            first_target_token=first_target_token,
-        )
+        settings = Settings(**options)
         function("progress", progress)
         with memory_told("tracing"):
             return self._trace(settings, prompt, subject, target, progress)
@@ -255,29 +239,16 @@ class Tracer:
         windows = self.windows(settings.streams, settings.window)
         encoded = self.encode(prompt, subject, target, first_target_token=settings.first_target_token)
         check_samples(self._anatomy, settings.samples, windows, [encoded])
-        subjects = settings.noise_subjects or [encoded.token_ids[slice(*encoded.span)]]
-        sweep = self.sweep(windows, settings.noise, subjects, settings.samples, settings.seed, settings.engine)
-        job = sweep.job(encoded)
-        with fused(self._anatomy, self.fuse and sweep.choice.name != "reference"):
-            scores, cost = run_in_passes(sweep.choice.name, self._anatomy, job, settings.budget, progress)
-        return sweep.result(encoded, scores, cost)
+        study = self._study(settings, windows, [encoded.token_ids[slice(*encoded.span)]])
+        ((scores, cost),) = study.scores([study.job(encoded)], progress=progress)
+        return study.result(encoded, scores, cost)
 
+    @takes(ManyOptions)
     def trace_many(
         self,
-        facts: "Iterable[Fact | Mapping[str, Any]]",
-        *,
-        streams: Sequence[str] | None = None,
-        window: int = Settings.window,
-        noise: float | str = Settings.noise,
-        noise_subjects: Sequence[str | Sequence[int]] | None = None,
-        samples: int = Settings.samples,
-        seed: int = Settings.seed,
-        engine: str = Settings.engine,
-        budget: int | str = Settings.budget,
-        require_correct: bool = Settings.require_correct,
-        strict: bool = Settings.strict,
-        compat: str | None = Settings.compat,
-    ) -> "Iterator[Record]":
+        facts: Iterable[Fact | Mapping[str, Any]],
+        **options: Unpack[ManyOptions],
+    ) -> Iterator[Record]:
         """Causal traces of many prompts, several in one forward pass, yielded as they finish.
 
         Prompts are packed without padding, so their lengths, subjects and targets may differ. Grids equal those of
@@ -310,25 +281,68 @@ class Tracer:
             PlanError, ModelError, EngineError: see `trace`.
             NumericsError: inf or NaN, if strict.
         """
-        from fasttrace.many import study_of, trace_all
+        settings = Settings(first_target_token=True, **options)
+        study, encoded, refused = self.study_of(read_facts(facts, strict=settings.strict), settings)
+        return study.trace_all(encoded, refused)
 
-        return trace_all(
-            *study_of(
-                self,
-                facts,
-                streams=streams,
-                window=window,
-                noise=noise,
-                noise_subjects=noise_subjects,
-                samples=samples,
-                seed=seed,
-                engine=engine,
-                budget=budget,
-                require_correct=require_correct,
-                strict=strict,
-                compat=compat,
-            )
-        )
+    @takes(ManyOptions)
+    def run(
+        self,
+        facts: Any,
+        folder: str | os.PathLike[str],
+        *,
+        shard: str = "facts",
+        progress: "Callable[[Told], None] | None" = None,
+        **options: Unpack[ManyOptions],
+    ) -> "Outcome":
+        """Traces a set of facts into a folder; what is there already is not computed again.
+
+        Processes that `accelerate launch` or `torchrun` started share the work, as do several starts on one folder.
+
+        Args:
+            facts: what `read_facts` takes, or gives; the same in every process.
+            folder: of the store, made when missing; all processes see it.
+            shard: "facts" deals packs of prompts to processes; "cells" lets all of them work on one prompt after the
+                other, each on a part of its cells.
+            progress: called in the first process after each pack, with how far the run is.
+            options: see `trace_many`.
+
+        Returns:
+            The counts, and the store as `Store.read` gives it.
+
+        Raises:
+            StoreError: the folder cannot be written to, or holds another run; it lists what differs.
+            PromptError: no facts, malformed ones, other facts in another process, or see `trace_many`.
+            PlanError: an unknown shard, processes that would run different things, or see `trace_many`, as for other
+                errors.
+        """
+        from fasttrace.runs.run import run
+
+        Settings(**options)  # what is wrong with them is said before a file is read
+        function("progress", progress)
+        found = read_facts(facts, strict=options.get("strict", False))
+        return run(self, found, folder, shard=shard, progress=progress, **options)
+
+    def study_of(self, facts: FactSet, settings: Settings) -> tuple[Study, list[Encoded], list[Record]]:
+        """A study, its facts as tokens, and those that cannot be.
+
+        Raises:
+            PromptError: `settings.require_correct` and no answers, or, if strict, a fact that cannot be traced.
+            PlanError, ModelError, EngineError: see `trace`.
+        """
+        if settings.require_correct:
+            check_answers(facts)
+        windows = self.windows(settings.streams, settings.window)
+        tokens_allowed(self._anatomy, settings.budget)
+        encoded, refused = encoded_facts(facts.facts, self._encode_fact, settings.strict)
+        check_samples(self._anatomy, settings.samples, windows, [each.prompt for each in encoded])
+        study = self._study(settings, windows, facts.subjects)
+        return replace(study, about={**study.about, "target_rule": study.target_rule}), encoded, refused
+
+    def _encode_fact(self, fact: Fact) -> Prompt:
+        where = {} if fact.subject_start is None else {"subject_start": fact.subject_start}
+        prompt = self.encode(fact.prompt, fact.subject, fact.target, first_target_token=True, tell=False, **where)
+        return replace(prompt, notes=(*fact.notes, *prompt.notes)) if fact.notes else prompt
 
     def encode(
         self,
@@ -370,29 +384,24 @@ class Tracer:
             self._anatomy.modules_at(site)
         return windows
 
-    def sweep(
-        self, windows: Mapping[str, int], noise: Any, subjects: Any, samples: int, seed: int, engine: str
-    ) -> Sweep:
-        """What a trace does to every prompt, with the noise measured on some subjects and the engine chosen.
+    def _study(self, settings: Settings, windows: Mapping[str, int], subjects: Sequence[Any]) -> Study:
+        """The settings bound to the model: with its engine, and the noise measured on subjects if they name none.
 
         Raises:
-            PlanError: an unknown noise rule, subjects that it cannot be measured on, or noise beyond the model's dtype.
+            PlanError: subjects that the noise cannot be measured on, or noise beyond the model's dtype.
             EngineError: an unknown engine, or none that passes the self-check.
         """
+        noise, subjects = settings.noise, settings.noise_subjects or subjects
         ids = subjects_of(self.tokenizer, subjects, self._anatomy.vocabulary) if isinstance(noise, str) else []
         if not isinstance(noise, str):
             _check_sigma(noise, noise, self.dtype)
-        choice = self.choose_engine(engine)  # before the noise is measured: the model may have moved
+        choice = self.choose_engine(settings.engine)  # before the noise is measured: the model may have moved
         sigma = sigma_of(noise, self._anatomy.embedding, ids, self.device)
         _check_sigma(noise, sigma, self.dtype)
-        about = {
-            "model": self.name,
-            "revision": self.revision,
-            "noise": noise if isinstance(noise, str) else float(noise),
-            "fuse": self.fuse,
-            **({"trust_remote_code": True} if self.trust_remote_code else {}),
-        }
-        return Sweep(self._anatomy, self.tokenizer, windows, sigma, samples, seed, choice, about)
+        about = {"model": self.name, "revision": self.revision, "fuse": self.fuse}
+        about |= {"trust_remote_code": True} if self.trust_remote_code else {}
+        budget = Budget(tokens_allowed(self._anatomy, settings.budget))
+        return Study(self._anatomy, self.tokenizer, settings, windows, sigma, choice, self.fuse, budget, about)
 
 
 def _text(name: str, value: str) -> str:

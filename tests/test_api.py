@@ -1,6 +1,7 @@
 """From a prompt to a result."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -119,7 +120,7 @@ def test_a_budget_bounds_the_pack(family, monkeypatch):
         peaks.append(job.plan(anatomy.n_layers, wavefront.LAYOUT).peak_tokens)
         return right(anatomy, job, tick)
 
-    monkeypatch.setitem(ENGINES, "wavefront", recorded)
+    monkeypatch.setitem(ENGINES, "wavefront", replace(ENGINES["wavefront"], run=recorded))
     trace(tracer_with_text(family), samples=3, budget=60, engine="wavefront")
     assert len(peaks) > 3
     assert max(peaks) <= 60
@@ -178,7 +179,7 @@ def test_bad_input_is_an_error_before_anything_is_traced(options, error, message
     tracer = tracer_with_text()
     tracer.choose_engine()  # its self-check runs the engines
     for name in ENGINES:
-        monkeypatch.setitem(ENGINES, name, lambda *_: pytest.fail("an engine ran"))
+        monkeypatch.setitem(ENGINES, name, replace(ENGINES[name], run=lambda *_: pytest.fail("an engine ran")))
     with pytest.raises(error, match=message):
         trace(tracer, **options)
 

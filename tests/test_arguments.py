@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
 from fractions import Fraction
 from functools import cache
@@ -23,8 +23,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fasttrace
-from fasttrace import EngineError, FasttraceError, ModelError, PlanError, PromptError, api, sweeps
-from fasttrace.engines import ENGINES, LAYOUTS
+from fasttrace import EngineError, FasttraceError, ModelError, PlanError, PromptError, api, study
+from fasttrace.engines import ENGINES
+from fasttrace.engines.memory import Budget
 from fasttrace.engines.passes import run_in_passes
 from fasttrace.engines.self_check import _CHECKS
 from fasttrace.experiment.cells import grid_cells, windows_of
@@ -69,6 +70,7 @@ MANY |= {"facts": facts_of(2), "require_correct": False, "strict": False}
 FACTS = ("source", "facts", "file", "columns")
 """What messages call the source of facts."""
 COUNT = itertools.count()
+FEW = {"samples": 1, "noise": 1.0, "window": 2}
 
 
 class Text(enum.StrEnum):
@@ -251,12 +253,23 @@ def store(tmp_path_factory):
     return Store.read(folder)
 
 
+def test_every_public_function_has_a_door(store):
+    doors = {name.rpartition(".")[2] for name in (*tracing_doors(store), *other_doors(store))}
+    public = {name for name in fasttrace.__all__ if inspect.isfunction(getattr(fasttrace, name))}
+    methods = {name for name, _ in inspect.getmembers(fasttrace.Tracer, inspect.isfunction) if not name.startswith("_")}
+    assert public | methods - {"identity", "study_of"} <= doors
+
+
 def opened(folder, fingerprint):
     return Store.open(f"new{next(COUNT)}" if isinstance(folder, str) and folder == "new" else folder, fingerprint)
 
 
 def running(**options):
-    run(tracer(), read_facts(facts_of(1)), f"run{next(COUNT)}", **options)
+    tracer().run(folder=f"run{next(COUNT)}", **options)
+
+
+def into(folder):
+    tracer().run(facts_of(1), f"run{next(COUNT)}" if folder == "run" else folder, **FEW)
 
 
 def tracing_doors(_store):
@@ -265,7 +278,8 @@ def tracing_doors(_store):
     return {
         "trace": Door(tracer().trace, TRACE, spans),
         "trace_many": Door(lambda **options: list(tracer().trace_many(**options)), MANY, {"facts": FACTS}),
-        "run": Door(running, {**many, "shard": "facts"}),
+        "run": Door(running, {**many, "facts": facts_of(1), "shard": "facts", "progress": None}, {"facts": FACTS}),
+        "run.folder": Door(into, {"folder": "run"}, {"folder": ("write",)}),
     }
 
 
@@ -274,10 +288,11 @@ def other_doors(store):
     of_n, writes, draws = {"n": ("n=",)}, {"path": ("write",)}, {"path": ("write", "format")}
     span = {"prompt": PROMPT, "subject": (0, 1), "target": None, "first_target_token": False, "tell": True}
     options = {**Settings().described(), "streams": None, "noise_subjects": None}
-    pages = {"title": None, "about": None, "bad_rows": (), "notes": (), "missing": 0}
+    pages = {"title": None, "about": None, "bad_rows": (), "notes": (), "missing": 0, "shown": None}
     roles = {"averages": averaged, "stream": stream}
     rome = {"stream": stream, "known_id": 3, "correct_prediction": True}
     means = {"records": [record()], "value": "prob", "compat": None, "bootstrap": 5, "seed": 0, "notes": ()}
+    means |= {"shown": None}
     exports = {"store": store, "kind": "csv", "shown": None, "spreadsheet_safe": True}
     return {
         "encode": Door(tracer().encode, span, {"prompt": ("token",)}),
@@ -287,6 +302,8 @@ def other_doors(store):
         "Settings": Door(Settings, options),
         "read_facts": Door(read_facts, {"source": facts_of(2), "strict": False, "limit": None}, {"source": FACTS}),
         "average": Door(average, means, {"records": ("no fact",)}),
+        "average.shown": Door(lambda shown: fasttrace.average(store, shown=shown, bootstrap=0), {"shown": None}),
+        "write_report.shown": Door(lambda shown: fasttrace.write_report(store, "b.html", shown=shown), {"shown": None}),
         "Averages.strongest": Door(averaged.strongest, {"stream": stream, "n": 1}, of_n),
         "Averages.save_csv": Door(averaged.save_csv, {"path": "a.csv"}, writes),
         "token_roles": Door(token_roles, {"span": (0, 1), "n_positions": 4, "compat": None}, {"span": ("subject",)}),
@@ -319,10 +336,10 @@ def other_doors(store):
 
 
 OTHERS = """
-encode windows windows_of choose_engine Settings read_facts average Averages.strongest Averages.save_csv token_roles
-grid strongest top_tokens summary save to_csv save_rome_npz rome_file_name plot plot_stream plot_figure save_figure
-plot_roles save_roles save_lines load write_report export export.out Store.read Store.open Store.remaining Store.write
-Store.coverage Store.facts
+encode windows windows_of choose_engine Settings read_facts average average.shown write_report.shown
+Averages.strongest Averages.save_csv token_roles grid strongest top_tokens summary save to_csv save_rome_npz
+rome_file_name plot plot_stream plot_figure save_figure plot_roles save_roles save_lines load write_report export
+export.out Store.read Store.open Store.remaining Store.write Store.coverage Store.facts
 """
 NAMES = tuple(OTHERS.split())
 
@@ -338,10 +355,10 @@ def up_to_the_engine(monkeypatch):
 
 
 def test_the_tables_have_every_door(store):
-    assert (*tracing_doors(store), *other_doors(store)) == ("trace", "trace_many", "run", *NAMES)
+    assert (*tracing_doors(store), *other_doors(store)) == ("trace", "trace_many", "run", "run.folder", *NAMES)
 
 
-@pytest.mark.parametrize("name", ["trace", "trace_many", "run"])
+@pytest.mark.parametrize("name", ["trace", "trace_many", "run", "run.folder"])
 def test_an_odd_argument_of_a_trace_is_taken_or_named_before_the_self_check(
     name, store, up_to_the_engine, tmp_path, monkeypatch
 ):
@@ -435,7 +452,7 @@ def out_of_host_memory(*_args, **_options):
 @pytest.mark.parametrize("fails", [out_of_memory, out_of_host_memory])
 @pytest.mark.parametrize("call", [lambda: tracer().trace(**TRACE), lambda: list(tracer().trace_many(**MANY))])
 def test_memory_that_runs_out_before_a_pass_is_an_error_of_ours(call, fails, monkeypatch):
-    monkeypatch.setattr(sweeps, "draw", fails)
+    monkeypatch.setattr(study, "draw", fails)
     with pytest.raises(EngineError, match=r"out of memory while tracing \(.*allocate.*\): lower samples or budget"):
         call()
 
@@ -555,16 +572,16 @@ def test_the_largest_pack_of_many_samples_is_told_from_one(n_layers, n_positions
     assert many.peak_tokens(n_layers, layout) == many.plan(n_layers, layout).peak_tokens
 
 
-def test_thousands_of_samples_take_thousands_of_passes(monkeypatch):
+def test_thousands_of_samples_take_thousands_of_passes():
     def constant(_anatomy, job, _tick):
         passes.append(job.samples)
         return blank_scores(job, 5)
 
     passes: list[int] = []
-    monkeypatch.setitem(ENGINES, "wavefront", constant)
+    engine = replace(ENGINES["wavefront"], run=constant)
     job = make_job(3, (0, 1), 2500, all_grids(("block_output",), 1, 3))
-    budget = job.part(slice(None), slice(1)).peak_tokens(N_LAYERS, LAYOUTS["wavefront"])
-    scores, _ = run_in_passes("wavefront", tiny_anatomy("gpt2"), job, budget)
+    budget = Budget(job.part(slice(None), slice(1)).peak_tokens(N_LAYERS, engine.layout))
+    scores, _ = run_in_passes(engine, tiny_anatomy("gpt2"), job, budget)
     assert passes == [1] * 2500
     assert scores.cells.shape[1] == 2500
 

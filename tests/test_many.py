@@ -1,6 +1,7 @@
 """Many prompts give what each gives alone, whatever shares a pass."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,11 +10,14 @@ from accelerate import cpu_offload
 from transformers import PhiConfig, PhiForCausalLM
 
 import fasttrace
-from fasttrace import NumericsError, PlanError, PromptError, many
+from fasttrace import NumericsError, PlanError, PromptError
+from fasttrace import study as studies
+from fasttrace.engines import ENGINES, wavefront
 from fasttrace.engines import self_check as select
-from fasttrace.engines import wavefront
-from fasttrace.facts.dataset import Fact
-from fasttrace.many import study_of, trace_all
+from fasttrace.engines.clean import clean_tops
+from fasttrace.experiment.settings import Settings
+from fasttrace.facts.dataset import Fact, read_facts
+from fasttrace.study import encoded_facts
 from tests.conftest import loads_in_blocks, tiny_model
 from tests.helpers.tokenizers import byte_level
 from tests.helpers.tracers import tracer_with_text
@@ -27,6 +31,10 @@ FACTS = [
     Fact("tree", "The Tree is in downtown", "The Tree", "Seattle"),
 ]
 OPTIONS = {"samples": 2, "window": 3, "noise": 1.0}
+
+
+def study_of(tracer, facts, **options):
+    return tracer.study_of(read_facts(facts), Settings(first_target_token=True, **options))
 
 
 def by_id(records):
@@ -63,7 +71,7 @@ def test_the_wavefront_takes_all_of_them_in_one_pass(family, monkeypatch):
     study, encoded, refused = study_of(tracer, FACTS, **OPTIONS)
     packs = study.packed(encoded)
     passes.clear()
-    by_id(trace_all(study, encoded, refused))
+    by_id(study.trace_all(encoded, refused))
     assert passes == [len(pack) for pack in packs] == [len(FACTS)]
 
 
@@ -117,12 +125,11 @@ def test_a_fact_that_cannot_be_traced_is_kept_with_the_reason(family):
     bad = Fact("long", "needle " * 600, "needle needle", "x")
     records = list(tracer.trace_many([*FACTS, Fact("absent", "The Needle", "The Needle", "")], **OPTIONS))
     assert len(records) == len(FACTS)  # a malformed row is told by the data set
-    study, _, _ = study_of(tracer, FACTS, **OPTIONS)
-    _, skipped = study.encoded([bad])
+    _, skipped = encoded_facts([bad], tracer._encode_fact, strict=False)
     assert skipped[0].result is None
     assert "positions" in skipped[0].reason or "occurs" in skipped[0].reason
     with pytest.raises(PromptError, match="'long'"):
-        study_of(tracer, FACTS, strict=True, **OPTIONS)[0].encoded([bad])
+        encoded_facts([bad], tracer._encode_fact, strict=True)
 
 
 WORDS = ["The Space Needle", " is", " fast", " faster", " a", " actor", "actor", " New", " York", " Seattle", "Seattle"]
@@ -254,7 +261,7 @@ def test_a_family_that_is_wrong_with_company_is_traced_alone(family, monkeypatch
         return scores
 
     monkeypatch.setattr(select, "_CHECKS", type(select._CHECKS)())
-    monkeypatch.setitem(select.PACKING, "wavefront", wrong)
+    monkeypatch.setitem(ENGINES, "wavefront", replace(ENGINES["wavefront"], run_jobs=wrong))
     with caplog.at_level(logging.WARNING, "fasttrace"):
         study, encoded, _ = study_of(tracer, FACTS, **OPTIONS)
         assert all(len(pack) == 1 for pack in study.packed(encoded))
@@ -263,7 +270,7 @@ def test_a_family_that_is_wrong_with_company_is_traced_alone(family, monkeypatch
 
 def test_the_next_pack_is_planned_while_one_is_computed(family, monkeypatch):
     tracer, events = tracer_with_text(family), []
-    monkeypatch.setattr(many, "MOST_PROMPTS", 1)
+    monkeypatch.setattr(studies, "MOST_PROMPTS", 1)
     study, encoded, _ = study_of(tracer, FACTS, **OPTIONS)
     asked = iter(study.packed(encoded))
 
@@ -286,7 +293,7 @@ def test_a_set_without_facts_is_refused(family):
 def test_the_clean_top_token_is_found_for_prompts_of_any_length(family):
     tracer = tracer_with_text(family)
     study, encoded, _ = study_of(tracer, FACTS, **OPTIONS)
-    tops = many.clean_tops(study.sweep, [each.prompt for each in encoded])
+    tops = clean_tops(study.anatomy, [each.prompt.token_ids for each in encoded])
     for each, top in zip(encoded, tops, strict=True):
         assert top == tracer.trace(each.fact.prompt, subject=each.fact.subject, samples=1, noise=1.0).top["clean"][0][0]
 
@@ -299,14 +306,14 @@ def test_the_blocks_of_an_offloaded_model_come_once_for_all_prompts(family, load
     study, encoded, refused = study_of(tracer, FACTS, **OPTIONS)
     study.packed(encoded)
     loads.clear()
-    found = by_id(trace_all(study, encoded, refused))
+    found = by_id(study.trace_all(encoded, refused))
     assert set(loads_in_blocks(tracer.anatomy, loads).values()) == {1}
     for name, record in found.items():
         assert_same_grids(record.result, in_memory[name].result)
 
 
 def test_records_are_given_as_soon_as_they_are_known(family, monkeypatch):
-    monkeypatch.setattr(many, "MOST_PROMPTS", 1)
+    monkeypatch.setattr(studies, "MOST_PROMPTS", 1)
     records = tracer_with_text(family).trace_many(FACTS, **OPTIONS)
     assert isinstance(next(records).result, fasttrace.TraceResult)
     records.close()

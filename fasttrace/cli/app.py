@@ -27,28 +27,17 @@ from fasttrace.cli import words as summary
 from fasttrace.cli.guard import Guarded, is_utf8, say
 from fasttrace.cli.guard import tell as _tell
 from fasttrace.cli.options import (
-    CpuMatmul,
+    LOADING,
+    PLACES,
+    TRACE_SETTINGS,
     Device,
-    DeviceMap,
     Dtype,
     Engine,
-    Fuse,
     Model,
-    Modules,
-    Noise,
-    NoiseSubjects,
-    OffloadFolder,
     Overwrite,
     Revision,
-    Samples,
-    Seed,
-    Stream,
-    TokenBudget,
     TrustRemoteCode,
-    Window,
-    module_paths,
-    number_or_text,
-    read_subjects,
+    takes,
 )
 from fasttrace.cli.options import load_model as _load
 from fasttrace.errors import PromptError
@@ -103,7 +92,7 @@ def demo(
     """Trace one fact on the embedded model, all three streams, and draw the figure."""
     case = embedded.CASE
     request = {"subject": case.subject, "target": case.target, "samples": case.samples}
-    _check({**request, "engine": engine})
+    _settings({**request, "engine": engine})
     wanted = _wanted(case.prompt, request, {"dtype": dtype})
     outputs.check_folder(out, wanted, overwrite)
     tracer = _load(embedded.MODEL_NAME, dtype=dtype, device=device)
@@ -114,6 +103,7 @@ def demo(
 
 
 @app.command()
+@takes(settings=TRACE_SETTINGS, loading=LOADING)
 def trace(
     prompt: Annotated[str, typer.Argument(help="Text the model continues.")],
     subject: Annotated[str | None, typer.Option(help="The part of the prompt whose embeddings get noise.")] = None,
@@ -127,56 +117,25 @@ def trace(
         ),
     ] = None,
     target_id: Annotated[int | None, typer.Option(help="The answer as a token id.")] = None,
-    model: Model = embedded.MODEL_NAME,
-    stream: Stream = None,
-    window: Window = Settings.window,
-    noise: Noise = str(Settings.noise),
-    noise_subjects: NoiseSubjects = None,
-    samples: Samples = Settings.samples,
-    seed: Seed = Settings.seed,
-    engine: Engine = Settings.engine,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    budget: TokenBudget = str(Settings.budget),
-    first_target_token: Annotated[
-        bool, typer.Option("--first-target-token", help="Measure the first token of an answer that has several.")
-    ] = False,
     ids: Annotated[
         bool, typer.Option("--ids", help="PROMPT is a list of token ids, and so is a target of digits.")
     ] = False,
-    revision: Revision = None,
-    fuse: Fuse = True,
-    cpu_matmul: CpuMatmul = "auto",
-    module: Modules = None,
-    device_map: DeviceMap = None,
-    offload_folder: OffloadFolder = None,
-    trust_remote_code: TrustRemoteCode = False,
+    model: Model = embedded.MODEL_NAME,
+    *,
+    settings: dict[str, Any],
+    loading: dict[str, Any],
     out: Annotated[Path | None, typer.Option(help="Folder for figure, CSV files and parquet.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print only the summary, as JSON.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Trace one prompt: a grid of restored probabilities (layers x tokens) for each stream."""
-    request = {
-        "subject": _subject(subject, span),
-        "target": _target(target, target_id, ids=ids),
-        "streams": stream and tuple(stream),
-        "window": window,
-        "noise": number_or_text(noise, float),
-        "samples": samples,
-        "seed": seed,
-        "first_target_token": first_target_token,
-    }
-    loading = {"dtype": dtype, "revision": revision, "modules": module_paths(module)}
-    loading |= {"device_map": device_map, "offload_folder": offload_folder, "trust_remote_code": trust_remote_code}
+    request = {"subject": _subject(subject, span), "target": _target(target, target_id, ids=ids), **settings}
     tokens = _token_ids(prompt) if ids else text("prompt", prompt, error=PromptError)
-    subjects = None if noise_subjects is None else read_subjects(noise_subjects)
-    rest = {"noise_subjects": subjects, "engine": engine, "budget": number_or_text(budget, int)}
-    _check({**request, **rest})
     wanted = _wanted(prompt, request, loading, ids=ids)
     if out is not None:
         outputs.check_folder(out, wanted, overwrite)
-    tracer = _load(model, device=device, fuse=fuse, cpu_matmul=cpu_matmul, **loading)
-    result = _trace(tracer, tokens, _identity(tracer, out, wanted, overwrite), **request, **rest)
+    tracer = _load(model, **loading)
+    result = _trace(tracer, tokens, _identity(tracer, out, wanted, overwrite), **request)
     written = "" if out is None else _write(result, out, overwrite)
     if as_json:
         say(json.dumps(result.summary(), ensure_ascii=not is_utf8()))
@@ -203,22 +162,16 @@ def plot(
 
 
 @app.command()
+@takes(loading=PLACES)
 def info(
     model: Annotated[str | None, typer.Argument(help="A model, to show its parts and the engine it gets.")] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    revision: Revision = None,
-    module: Modules = None,
-    device_map: DeviceMap = None,
-    offload_folder: OffloadFolder = None,
-    trust_remote_code: TrustRemoteCode = False,
+    *,
+    loading: dict[str, Any],
 ) -> None:
     """Show versions and devices; for a model also its parts, its engine, and why that engine was chosen."""
     say(summary.table(environment.rows()))
     if model is not None:
-        places = {"device": device, "device_map": device_map, "offload_folder": offload_folder}
-        places["trust_remote_code"] = trust_remote_code
-        tracer = _load(model, dtype=dtype, revision=revision, modules=module_paths(module), **places)
+        tracer = _load(model, **loading)
         say(summary.table(environment.model_rows(tracer)))
 
 
@@ -244,7 +197,7 @@ def verify(
         "window": tutorial.WINDOW,
         "first_target_token": True,
     }
-    _check({**request, "engine": engine})
+    _settings({**request, "engine": engine})
     real_number("tolerance", tolerance, 0)
     wanted = _wanted(case.prompt, request, {"dtype": dtype})
     if out is not None:
@@ -260,9 +213,9 @@ def verify(
         raise typer.Exit(1)
 
 
-def _check(options: dict[str, Any]) -> None:
+def _settings(request: dict[str, Any]) -> Settings:
     """Raises what a trace with these options would raise whatever the model."""
-    Settings(**{name: value for name, value in options.items() if name not in ("subject", "target")})
+    return Settings(**{name: value for name, value in request.items() if name not in ("subject", "target")})
 
 
 def _subject(subject: str | None, span: str | None) -> str | tuple[int, int]:
@@ -315,17 +268,16 @@ def _whole(name: str, digits: str) -> int:
 
 def _wanted(prompt: str, request: dict[str, Any], loading: dict[str, Any], ids: bool = False) -> dict:
     """What is known of a run before its model is loaded, by the keys of `outputs.identity`."""
-    subject, target, noise = request["subject"], request["target"], request.get("noise", "s3")
-    known = {
+    settings, (subject, target) = _settings(request), (request["subject"], request["target"])
+    known = settings.experiment() | {
         "prompt": None if ids else prompt,
-        "noise" if isinstance(noise, str) else "sigma": noise,
-        "samples": request["samples"],
-        "seed": request.get("seed", 1),
         **({"subject": subject.strip()} if isinstance(subject, str) else {"span": subject}),
     }
-    window = request.get("window", 10)
-    known |= {"windows": windows_of(request["streams"], window)} if request.get("streams") else {"window": window}
-    if isinstance(target, str) and not request.get("first_target_token"):
+    if not isinstance(settings.noise, str):
+        known["sigma"] = known.pop("noise")
+    streams, window = settings.streams, settings.window
+    known |= {"window": window} if streams is None else {"windows": windows_of(streams, window)}
+    if isinstance(target, str) and not settings.first_target_token:
         known["target"] = target.strip()
     if loading["dtype"] in ("float32", "bfloat16", "float64"):
         known["dtype"] = loading["dtype"]

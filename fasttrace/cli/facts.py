@@ -3,7 +3,7 @@
 import logging
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,28 +11,11 @@ from fasttrace.checks import one_of
 from fasttrace.cli import words as summary
 from fasttrace.cli.guard import say
 from fasttrace.cli.options import (
-    CpuMatmul,
-    Device,
-    DeviceMap,
-    Dtype,
-    Engine,
-    Fuse,
+    LOADING,
+    RUN_SETTINGS,
     Model,
-    Modules,
-    Noise,
-    NoiseSubjects,
-    OffloadFolder,
-    Revision,
-    Samples,
-    Seed,
-    Stream,
-    TokenBudget,
-    TrustRemoteCode,
-    Window,
     load_model,
-    module_paths,
-    number_or_text,
-    read_subjects,
+    takes,
     tell,
 )
 from fasttrace.errors import StoreError
@@ -67,6 +50,7 @@ def add_to(app: typer.Typer) -> None:
         app.command()(command)
 
 
+@takes(settings=RUN_SETTINGS, loading=LOADING)
 def run(
     facts: Annotated[
         str, typer.Option(help="ROME's or CounterFact's JSON file, a .csv, .jsonl or .parquet file, or \"builtin\".")
@@ -76,37 +60,13 @@ def run(
     ),
     model: Model = embedded.MODEL_NAME,
     limit: Annotated[int | None, typer.Option(help="Read only this many facts.", min=1)] = None,
-    require_correct: Annotated[
-        bool, typer.Option("--require-correct", help="Skip facts whose answer the model does not predict.")
-    ] = False,
-    compat: Annotated[
-        str | None,
-        typer.Option(
-            help="rome: which facts are known is decided as in ROME's code: the top token is the whole answer."
-        ),
-    ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first malformed row or fact.")] = False,
-    stream: Stream = None,
-    window: Window = Settings.window,
-    noise: Noise = str(Settings.noise),
-    noise_subjects: NoiseSubjects = None,
-    samples: Samples = Settings.samples,
-    seed: Seed = Settings.seed,
-    engine: Engine = Settings.engine,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    budget: TokenBudget = str(Settings.budget),
     shard: Annotated[
         str, typer.Option(help="How work is divided among processes: by facts, or by the cells of each prompt.")
     ] = "facts",
-    revision: Revision = None,
-    fuse: Fuse = True,
-    cpu_matmul: CpuMatmul = "auto",
-    module: Modules = None,
-    device_map: DeviceMap = None,
-    offload_folder: OffloadFolder = None,
-    trust_remote_code: TrustRemoteCode = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    *,
+    settings: dict[str, Any],
+    loading: dict[str, Any],
 ) -> None:
     """Trace many facts into a folder. Resumes when repeated; start it under accelerate launch for several GPUs."""
     from fasttrace.cli.progress import FactsBar
@@ -116,28 +76,21 @@ def run(
     from fasttrace.runs.run import SHARDS
     from fasttrace.runs.run import run as run_facts
 
-    subjects = None if noise_subjects is None else read_subjects(noise_subjects)
-    options = {"window": window, "noise": number_or_text(noise, float), "noise_subjects": subjects}
-    options |= {"samples": samples, "seed": seed, "engine": engine, "budget": number_or_text(budget, int)}
-    options |= {"require_correct": require_correct, "strict": strict, "streams": stream and tuple(stream)}
-    options |= {"compat": compat} if compat else {}
-    Settings(**options)
+    strict = Settings(**settings).strict
     one_of("shard", shard, SHARDS)
     check_writable(out)
-    ranks = Ranks.current(cpu=device.startswith("cpu"))
+    ranks = Ranks.current(cpu=loading["device"].startswith("cpu"))
     if not ranks.is_first:
         _say_only_errors()
     found = read_facts(facts if facts == "builtin" else Path(facts), strict=strict, limit=limit)
-    if require_correct:
+    if settings["require_correct"]:
         check_answers(found)
-    loading = {"dtype": dtype, "revision": revision, "modules": module_paths(module), "fuse": fuse}
-    loading |= {"device_map": device_map, "offload_folder": offload_folder, "trust_remote_code": trust_remote_code}
-    loading["cpu_matmul"] = cpu_matmul
-    device = ranks.device if device == "auto" and device_map is None else device
-    tracer = ranks.in_turn(lambda: load_model(model, device=device, say=ranks.is_first, **loading))
+    if loading["device"] == "auto" and loading["device_map"] is None:
+        loading["device"] = ranks.device
+    tracer = ranks.in_turn(lambda: load_model(model, say=ranks.is_first, **loading))
     quiet = quiet or not ranks.is_first
     with FactsBar(quiet) as bar:
-        outcome = run_facts(tracer, found, out, ranks=ranks, shard=shard, progress=None if quiet else bar, **options)
+        outcome = run_facts(tracer, found, out, ranks=ranks, shard=shard, progress=None if quiet else bar, **settings)
     if ranks.is_first:
         say(_summary(outcome, out))
     if not outcome.traced:
@@ -250,8 +203,8 @@ def average(
     check_writable(where)
     store = Store.read(folder)
     shown = store.coverage(everything)
-    options = {"value": value, "compat": compat, "bootstrap": bootstrap, "seed": seed, "notes": shown.notes}
-    averages = average_records(store.records(shown), **options)
+    options = {"value": value, "compat": compat, "bootstrap": bootstrap, "seed": seed}
+    averages = average_records(store, shown=shown, **options)
     with one_set(where, AVERAGES, lambda _: AVERAGES_FILES) as scratch:
         paths = averages.save_csv(scratch / AVERAGES)
         if shown.notes:
@@ -280,21 +233,12 @@ def report(
     allow_incomplete: AllowIncomplete = False,
 ) -> None:
     """Write a run as one HTML page that works without a network: averages, a table of facts, their grids."""
-    from fasttrace.files.writing import as_utf8
     from fasttrace.reports.page import write_report
     from fasttrace.runs.store import Store
 
     where = out or _inside(folder, "report.html")
     store = Store.read(folder)
     shown = store.coverage(everything)
-    about = store.description
-    path = write_report(
-        store.records(shown),
-        where,
-        title=as_utf8(about.get("name") or None),
-        bad_rows=about.get("bad_rows", ()),
-        notes=(*store.notes, *shown.notes),
-        missing=shown.missing,
-    )
+    path = write_report(store, where, shown=shown)
     say(f"wrote {path}")
     _say(shown, allow_incomplete)

@@ -1,8 +1,11 @@
 """Options that several commands have, and what they stand for."""
 
+import inspect
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +14,7 @@ import typer
 from fasttrace.cli.guard import tell
 from fasttrace.errors import ModelError, StoreError
 from fasttrace.experiment.cells import SITES, STREAMS
+from fasttrace.experiment.settings import Settings
 from fasttrace.models import embedded
 
 if TYPE_CHECKING:
@@ -68,6 +72,113 @@ NoiseSubjects = Annotated[
 Samples = Annotated[int, typer.Option(help="Number of noise draws to average over.")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 TokenBudget = Annotated[str, typer.Option("--budget", help="Largest number of tokens in one forward pass, or auto.")]
+FirstTargetToken = Annotated[
+    bool, typer.Option("--first-target-token", help="Measure the first token of an answer that has several.")
+]
+RequireCorrect = Annotated[
+    bool, typer.Option("--require-correct", help="Skip facts whose answer the model does not predict.")
+]
+Compat = Annotated[
+    str | None,
+    typer.Option(help="rome: which facts are known is decided as in ROME's code: the top token is the whole answer."),
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first malformed row or fact.")]
+
+
+def _as_typed(value: Any) -> Any:
+    return value
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of the tables below.
+
+    Attributes:
+        annotation: type and help, as typer takes them.
+        name: what it becomes: of `Settings`, or of `Tracer.from_pretrained`.
+        default: as typed.
+        parse: makes the value from what was typed.
+    """
+
+    annotation: Any
+    name: str
+    default: Any
+    parse: Callable[[Any], Any] = _as_typed
+
+
+def _setting(annotation: Any, name: str, parse: Callable[[Any], Any] = _as_typed, typed: bool = False) -> Option:
+    default = getattr(Settings, name)
+    return Option(annotation, name, str(default) if typed else default, parse)
+
+
+SETTINGS = {
+    "stream": _setting(Stream, "streams", lambda streams: streams and tuple(streams)),
+    "window": _setting(Window, "window"),
+    "noise": _setting(Noise, "noise", lambda typed: number_or_text(typed, float), typed=True),
+    "noise_subjects": _setting(
+        NoiseSubjects, "noise_subjects", lambda path: None if path is None else read_subjects(path)
+    ),
+    "samples": _setting(Samples, "samples"),
+    "seed": _setting(Seed, "seed"),
+    "engine": _setting(Engine, "engine"),
+    "budget": _setting(TokenBudget, "budget", lambda typed: number_or_text(typed, int), typed=True),
+}
+"""Options of every command that traces, with the defaults of `Settings`."""
+
+TRACE_SETTINGS = SETTINGS | {"first_target_token": _setting(FirstTargetToken, "first_target_token")}
+RUN_SETTINGS = SETTINGS | {
+    "require_correct": _setting(RequireCorrect, "require_correct"),
+    "compat": _setting(Compat, "compat"),
+    "strict": _setting(Strict, "strict"),
+}
+PLACES = {
+    "dtype": Option(Dtype, "dtype", "auto"),
+    "device": Option(Device, "device", "auto"),
+    "revision": Option(Revision, "revision", None),
+    "module": Option(Modules, "modules", None, lambda typed: module_paths(typed)),
+    "device_map": Option(DeviceMap, "device_map", None),
+    "offload_folder": Option(OffloadFolder, "offload_folder", None),
+    "trust_remote_code": Option(TrustRemoteCode, "trust_remote_code", False),
+}
+"""Options that say how a model is loaded."""
+
+LOADING = PLACES | {"fuse": Option(Fuse, "fuse", True), "cpu_matmul": Option(CpuMatmul, "cpu_matmul", "auto")}
+
+
+def takes(**tables: Mapping[str, Option]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command the options of a table where it has one parameter, which gets a dictionary of their values.
+
+    Args:
+        tables: parameter -> the options that stand in its place.
+    """
+
+    def with_options(command: Callable[..., None]) -> Callable[..., None]:
+        parameters: list[inspect.Parameter] = []
+        for parameter in inspect.signature(command, eval_str=True).parameters.values():
+            if parameter.name in tables:
+                parameters += [_parameter(name, option) for name, option in tables[parameter.name].items()]
+            else:
+                parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+        @wraps(command)
+        def called(**typed: Any) -> None:
+            taken = {
+                name: {option.name: option.parse(typed.pop(key)) for key, option in table.items()}
+                for name, table in tables.items()
+            }
+            command(**typed, **taken)
+
+        given = vars(called)
+        given["__signature__"] = inspect.Signature(parameters)
+        called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return called
+
+    return with_options
+
+
+def _parameter(name: str, option: Option) -> inspect.Parameter:
+    annotation, default = option.annotation, option.default
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def load_model(model: str, *, say: bool = True, **options: Any) -> "Tracer":

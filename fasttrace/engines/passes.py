@@ -5,64 +5,67 @@ A pass that runs out of memory is split again, and those after it are made small
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
 
 from fasttrace.checks import is_out_of_memory
-from fasttrace.engines import ENGINES, LAYOUTS, PACKING, cost_of_job
 from fasttrace.engines.job import Job
-from fasttrace.engines.memory import Budget, shares_passes, tokens_allowed
+from fasttrace.engines.memory import Budget, shares_passes
 from fasttrace.engines.readout import Scores
 from fasttrace.errors import EngineError
 from fasttrace.fusing.choose import how_computed
 from fasttrace.models.anatomy import Anatomy
 from fasttrace.models.hooks import apart
 from fasttrace.planning.cost import Cost, total
-from fasttrace.planning.packs import forget, peak_tokens
+from fasttrace.planning.packs import forget
+
+if TYPE_CHECKING:
+    from fasttrace.engines.engine import Engine
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
 
 
 def run_in_passes(
-    engine: str, anatomy: Anatomy, job: Job, budget: int | str = "auto", progress: Progress | None = None
+    engine: "Engine", anatomy: Anatomy, job: Job, budget: Budget, progress: Progress | None = None
 ) -> tuple[Scores, Cost]:
-    """Runs a job on an engine, in passes whose packs hold at most `budget` tokens.
+    """Runs a job on an engine, in passes whose packs hold at most what the budget allows.
 
     Raises:
-        PlanError: a budget that is neither "auto" nor a number >= 1.
         EngineError: one cell and one noise sample do not fit into memory; or see the engines.
         NumericsError: see the engines.
     """
-    return _run(engine, anatomy, job, Budget(tokens_allowed(anatomy, budget)), progress)
+    passes = _Passes(engine, anatomy, budget, progress)
+    passes.steps = passes.steps_of(job)
+    return passes.run(job).with_top(), total(passes.costs)
 
 
 def run_together(
-    engine: str, anatomy: Anatomy, jobs: Sequence[Job], budget: Budget, ready: Any = None
+    engine: "Engine", anatomy: Anatomy, jobs: Sequence[Job], budget: Budget, ready: Any = None
 ) -> list[tuple[Scores, Cost]]:
     """Runs the jobs of several prompts, in one pass if it fits; a prompt alone may take several.
 
     Args:
-        engine: those of `engines.PACKING` run several jobs in a pass, others one after the other.
+        engine: one that packs runs several jobs in a pass, another one after the other.
         anatomy: the model.
         jobs: a job a prompt, in any order.
         budget: lowered when memory runs out.
-        ready: their pass, if it has been made ready already; see `engines.READY`.
+        ready: their pass, if it has been made ready already.
 
     Raises:
         EngineError: one cell and one noise sample do not fit into memory; or see the engines.
         NumericsError: see the engines.
     """
-    if len(jobs) == 1 or engine not in PACKING:
-        return [_run(engine, anatomy, job, budget, None) for job in jobs]
-    tokens = peak_tokens([job.plan(anatomy.n_layers, LAYOUTS[engine]) for job in jobs])
+    if len(jobs) == 1 or engine.run_jobs is None:
+        return [run_in_passes(engine, anatomy, job, budget) for job in jobs]
+    tokens = engine.tokens(anatomy, jobs)
     if tokens <= budget.tokens:
         try:
-            scores = PACKING[engine](anatomy, jobs, lambda: None, ready)
-            costs = [cost_of_job(engine, anatomy, job) for job in jobs]
+            scores = engine.run_jobs(anatomy, jobs, lambda: None, ready)
+            costs = [engine.cost_of(anatomy, job) for job in jobs]
             return [(_with_how(each).with_mean().with_top(), cost) for each, cost in zip(scores, costs, strict=True)]
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or shares_passes(anatomy):
@@ -78,12 +81,6 @@ def _make_room() -> None:
     clear_device_cache(garbage_collection=True)
 
 
-def _run(engine: str, anatomy: Anatomy, job: Job, budget: Budget, progress: Progress | None) -> tuple[Scores, Cost]:
-    passes = _Passes(engine, anatomy, budget, progress)
-    passes.steps = passes.steps_of(job)
-    return passes.run(job).with_top(), total(passes.costs)
-
-
 class _Passes:
     """The passes of one job.
 
@@ -94,7 +91,7 @@ class _Passes:
         waiting: parts of the job whose turn has not come.
     """
 
-    def __init__(self, engine: str, anatomy: Anatomy, budget: Budget, progress: Progress | None):
+    def __init__(self, engine: "Engine", anatomy: Anatomy, budget: Budget, progress: Progress | None):
         self.engine, self.anatomy, self.budget, self.progress = engine, anatomy, budget, progress
         self.done = self.steps = 0
         self.costs: list[Cost] = []
@@ -125,7 +122,7 @@ class _Passes:
 
     def steps_of(self, job: Job) -> int:
         """Steps of all passes that a job will take."""
-        if self.engine not in LAYOUTS:
+        if self.engine.layout is None:
             return len(job.cells) * job.samples
         steps = self.anatomy.n_layers
         while (halves := self._split(job)) is not None:
@@ -134,8 +131,8 @@ class _Passes:
         return steps
 
     def _pass(self, job: Job) -> Scores:
-        scores = ENGINES[self.engine](self.anatomy, job, self._tick)
-        self.costs.append(cost_of_job(self.engine, self.anatomy, job))
+        scores = self.engine(self.anatomy, job, self._tick)
+        self.costs.append(self.engine.cost_of(self.anatomy, job))
         return _with_how(scores).with_mean()
 
     def _tick(self) -> None:
@@ -146,10 +143,10 @@ class _Passes:
 
     def _split(self, job: Job) -> tuple[Job, Job] | None:
         """A part that fits and the rest, or two halves; None if the job fits or cannot be split."""
-        if self.engine not in LAYOUTS or self._peak_tokens(job) <= self.budget.tokens:
+        if self.engine.layout is None or self._tokens(job) <= self.budget.tokens:
             return None
         if job.samples > 1:
-            fitting = max(1, self.budget.tokens // self._peak_tokens(job.part(slice(None), slice(1))))
+            fitting = max(1, self.budget.tokens // self._tokens(job.part(slice(None), slice(1))))
             first = min(fitting, job.samples - 1)
             return job.part(slice(None), slice(first)), job.part(slice(None), slice(first, None))
         if len(job.cells) < 2:
@@ -159,8 +156,8 @@ class _Passes:
 
     def _split_smaller(self, job: Job, error: BaseException) -> tuple[Job, Job]:
         """Halves the budget below a pack that did not fit."""
-        tokens = self._peak_tokens(job) if self.engine in LAYOUTS else 0
-        if max(1, len(job.cells)) * job.samples < 2 or self.engine not in LAYOUTS:
+        tokens = self._tokens(job)
+        if max(1, len(job.cells)) * job.samples < 2 or self.engine.layout is None:
             raise EngineError(
                 f"out of memory on {self.anatomy.device} with one cell and one noise sample, {tokens} tokens: free "
                 "memory there, or load the model with device_map='auto'"
@@ -170,8 +167,8 @@ class _Passes:
         assert halves is not None, "a job that needs more than the budget can be split"
         return halves
 
-    def _peak_tokens(self, job: Job) -> int:
-        return job.peak_tokens(self.anatomy.n_layers, LAYOUTS[self.engine])
+    def _tokens(self, job: Job) -> int:
+        return self.engine.tokens(self.anatomy, [job])
 
 
 def _with_how(scores: Scores) -> Scores:

@@ -60,7 +60,7 @@ def run(anatomy: Anatomy, job: Job, tick: Tick, rows: int = 1) -> Scores:
             scores.append(_scored(_pass(anatomy, job, part, known, ())[1], answers))
             for _ in part:
                 tick()
-    cells = torch.cat(scores, 1).double().numpy().reshape(-1, len(job.cells), job.samples)
+    cells = torch.cat(scores, 1).double().numpy().reshape(len(answers.names), len(job.cells), job.samples)
     of_base = torch.cat([_scored(logits, answers) for logits in base_logits], 1).double().numpy()
     found = tuple(map(int, answers.targets[0]))
     return Scores(found, job.foil, answers.names, cells, of_base, distributions(all_base))

@@ -18,7 +18,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
 from fasttrace.checks import is_out_of_memory
-from fasttrace.engines import ENGINES, PACKING, reference
+from fasttrace.engines import ENGINES, Engine, reference
 from fasttrace.engines.in_float32 import can_be_widened, difference_in_float32
 from fasttrace.engines.job import Job
 from fasttrace.engines.readout import Scores
@@ -26,7 +26,7 @@ from fasttrace.engines.state import State, refuse_autocast, state_of
 from fasttrace.errors import EngineError
 from fasttrace.experiment.cells import Cell, Edit, window_of
 from fasttrace.experiment.corruption import draw, sigma_of
-from fasttrace.fusing.choose import cpu_matmul, failed_kernels, fused, fused_attention, kernel_compiler
+from fasttrace.fusing.choose import cpu_matmul, failed_kernels, fused_attention, kernel_compiler
 from fasttrace.models.anatomy import Anatomy
 from fasttrace.models.hooks import exclusive, refuse_inside_a_pass
 from fasttrace.models.names import NOT_PACKED
@@ -164,12 +164,12 @@ def prompts_share_passes(anatomy: Anatomy, engine: str, fuse: bool = True) -> bo
         engine: one that `choose` chose.
         fuse: whether fused operations are on.
     """
-    if engine not in PACKING:
+    if not ENGINES[engine].packs:
         return False
     with exclusive(anatomy.model):
         checks = _checks_of(anatomy, fuse, state_of(anatomy.model))
         if engine not in checks.sharing:
-            checks.sharing[engine] = problem = _compare_shared(anatomy, checks, engine, fuse)
+            checks.sharing[engine] = problem = _compare_shared(anatomy, checks, ENGINES[engine], fuse)
             if problem is not None:
                 logger.warning("engine %s with several prompts in a pass %s: one prompt at a time", engine, problem)
         return checks.sharing[engine] is None
@@ -340,7 +340,7 @@ def _compare(anatomy: Anatomy, checks: _Checks, name: str, fuse: bool) -> tuple[
         return (None, 0.0) if name == "reference" else (f"is not for this model: {effect}", None)
     tolerance = checks.tolerance
     try:
-        with fused(anatomy, fuse and name != "reference"):
+        with ENGINES[name].fused(anatomy, fuse):
             error = _distance(ENGINES[name](anatomy, checks.job, _no_tick), checks.expected)
     except Exception as raised:  # a model, or an engine that it is not made for, may raise anything
         if is_out_of_memory(raised):
@@ -374,14 +374,16 @@ def _problem_in_float32(anatomy: Anatomy, checks: _Checks, name: str, fuse: bool
     )
 
 
-def _compare_shared(anatomy: Anatomy, checks: _Checks, engine: str, fuse: bool) -> str | None:
+def _compare_shared(anatomy: Anatomy, checks: _Checks, engine: Engine, fuse: bool) -> str | None:
     """What is wrong when the self-check's prompt shares a pass with a shorter one, which comes first."""
+    run_jobs = engine.run_jobs
+    assert run_jobs is not None, "it packs"
     short = _check_job(anatomy, n_positions=4)
     expected = [_plain_passes(anatomy, short, checks.rows), checks.expected]
     allowed = [_allowed(anatomy, short, expected[0], checks.rows), checks.tolerance]
     try:
-        with fused(anatomy, fuse):
-            scores = PACKING[engine](anatomy, [short, checks.job], _no_tick)
+        with engine.fused(anatomy, fuse):
+            scores = run_jobs(anatomy, [short, checks.job], _no_tick)
         errors = [_distance(given, wanted) for given, wanted in zip(scores, expected, strict=True)]
     except Exception as raised:  # a model, or an engine that it is not made for, may raise anything
         if is_out_of_memory(raised):

@@ -3,17 +3,29 @@
 Their defaults are those of `Tracer.trace`, of `Tracer.trace_many` and of the command line. Nothing here imports torch.
 """
 
+import inspect
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, TypedDict, TypeVar, cast
 
 from fasttrace.checks import flag, items, one_of, real_number, shown, text, token_ids, whole_number
 from fasttrace.errors import EngineError, PlanError
 from fasttrace.experiment.cells import stream_names, window_width
 
-__all__ = ["ENGINE_NAMES", "Settings", "engine_name", "noise_factor", "noise_value", "token_budget"]
+__all__ = [
+    "ENGINE_NAMES",
+    "ManyOptions",
+    "Settings",
+    "TraceOptions",
+    "engine_name",
+    "noise_factor",
+    "noise_value",
+    "takes",
+    "token_budget",
+]
 
 ENGINE_NAMES = ("wavefront", "fork", "rows", "reference")
 """Names of `engines.ENGINES`, in the order in which "auto" tries them."""
@@ -22,6 +34,7 @@ MOST_SAMPLES = 1_000_000
 """Noise draws; each takes memory for its noise and its scores, and so many say nothing that a hundredth does not."""
 
 Subject = str | tuple[int, ...]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -78,9 +91,73 @@ class Settings:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
+    def experiment(self) -> dict[str, Any]:
+        """The settings that change a prompt's numbers by more than rounding, by the names they have in results.
+
+        The fingerprint of a run, the metadata of results and the check of a folder are made of it.
+        """
+        return {"noise": self.noise, "samples": self.samples, "seed": self.seed}
+
     def described(self) -> dict[str, Any]:
         """The settings by name, as values that JSON holds."""
         return json.loads(json.dumps(asdict(self)))
+
+
+class TraceOptions(TypedDict, total=False):
+    """Settings that `Tracer.trace` takes by name."""
+
+    streams: Sequence[str] | None
+    window: int
+    noise: float | str
+    noise_subjects: Sequence[str | Sequence[int]] | None
+    samples: int
+    seed: int
+    engine: str
+    budget: int | str
+    first_target_token: bool
+
+
+class ManyOptions(TypedDict, total=False):
+    """Settings that `Tracer.trace_many` and `Tracer.run` take by name."""
+
+    streams: Sequence[str] | None
+    window: int
+    noise: float | str
+    noise_subjects: Sequence[str | Sequence[int]] | None
+    samples: int
+    seed: int
+    engine: str
+    budget: int | str
+    require_correct: bool
+    strict: bool
+    compat: str | None
+
+
+def takes(options: type) -> Callable[[Function], Function]:
+    """Gives a function whose last parameter is ``**options`` a signature with each option and its default.
+
+    Args:
+        options: a TypedDict; its names are Settings' own.
+    """
+
+    def with_signature(function: Function) -> Function:
+        signature = inspect.signature(function)
+        *before, _ = signature.parameters.values()
+        named = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=getattr(Settings, name), annotation=kind)
+            for name, kind in options.__annotations__.items()
+        ]
+
+        @wraps(function)
+        def called(*args: Any, **given: Any) -> Any:
+            whole.bind(*args, **given)  # a name that is none is Python's own TypeError
+            return function(*args, **given)
+
+        whole = signature.replace(parameters=[*before, *named])
+        vars(called)["__signature__"] = whole
+        return cast("Function", called)
+
+    return with_signature
 
 
 def _compat(value: Any) -> str:

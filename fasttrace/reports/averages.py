@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fasttrace.checks import items, memory_for, memory_told, objects, path_of, shown, span_of, whole_number
+from fasttrace.checks import items, memory_for, memory_told, path_of, shown, span_of, whole_number
 from fasttrace.errors import PlanError
 from fasttrace.files.writing import atomic_write
+from fasttrace.reports.sources import shown_records
 from fasttrace.results.record import Record
 from fasttrace.results.result import TraceResult, count_of
+from fasttrace.runs.coverage import Coverage
+from fasttrace.runs.store import Store
 
 __all__ = ["ROLES", "VALUES", "Averages", "average", "token_roles"]
 
@@ -133,13 +136,14 @@ class Averages:
 
 
 def average(
-    records: Iterable[Record],
+    records: Store | Iterable[Record],
     *,
     value: str | None = None,
     compat: str | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
     notes: Iterable[str] = (),
+    shown: Coverage | None = None,
 ) -> Averages:
     """Averages grids over facts, token by token, for every role of a token, stream and block.
 
@@ -155,7 +159,7 @@ def average(
     The bootstrap over clusters: A. C. Cameron, J. B. Gelbach and D. L. Miller, Rev. Econ. Stat. 90 (2008).
 
     Args:
-        records: facts with their results, read once and in any order. Those without a result are counted and
+        records: a store, or facts with results, read once and in any order. Those without a result are counted and
             left out; facts that the model does not know count like any other, unless compat says otherwise.
         value: ``prob``, ``indirect_effect`` or ``normalized_effect``; by default the indirect effect, and
             with ``compat="rome"`` the probability.
@@ -163,7 +167,8 @@ def average(
             ``token_roles``), and without facts whose ``correct`` is False.
         bootstrap: how many draws; 0 for none, which leaves NaN in boot_low and boot_high.
         seed: of the bootstrap.
-        notes: sentences to keep with the averages, such as those of `Coverage`.
+        notes: sentences to keep with the averages; those of a store's coverage come after them.
+        shown: which facts of a store, see `Store.records`.
 
     Returns:
         The averages.
@@ -177,9 +182,11 @@ def average(
     if not 0 <= bootstrap <= MOST_DRAWS:
         raise PlanError(f"bootstrap={bootstrap}: ask for 0 draws or more, up to {MOST_DRAWS}")
     seed = whole_number("seed", seed, 0, meaning="seed of the bootstrap")
-    for record in objects("records", records, Record, "Store.records() or Tracer.trace_many"):
-        gathered.add(record)
     notes = tuple(items("notes", notes, "a list of sentences"))
+    found, shown = shown_records(records, shown)
+    for record in found:
+        gathered.add(record)
+    notes += () if shown is None else tuple(shown.notes)
     facts = len(gathered.check(notes).sums)
     memory_for("bootstrap", bootstrap, 16 * bootstrap * facts, "its draws")
     quiet = np.errstate(over="ignore", invalid="ignore")  # of effects over a total effect of nearly 0

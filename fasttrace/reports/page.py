@@ -13,15 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from fasttrace.checks import items, mapping, objects, path_of, text, whole_number
+from fasttrace.checks import items, mapping, path_of, text, whole_number
 from fasttrace.errors import PlanError
 from fasttrace.experiment.sites import color_map
-from fasttrace.files.writing import atomic_write
+from fasttrace.files.writing import as_utf8, atomic_write
 from fasttrace.reports.average_figures import LEGENDS, ROLE_COLORS, ROLE_NAMES, layer_title, lowest
 from fasttrace.reports.averages import Averages, average
+from fasttrace.reports.sources import shown_records
 from fasttrace.results.figure import PlotError
 from fasttrace.results.record import Record
 from fasttrace.results.result import TraceResult
+from fasttrace.runs.coverage import Coverage
+from fasttrace.runs.store import Store
 
 __all__ = ["write_report"]
 
@@ -30,7 +33,7 @@ DIGITS = 6
 
 
 def write_report(
-    records: Iterable[Record],
+    records: Store | Iterable[Record],
     path: str | os.PathLike[str],
     *,
     title: str | None = None,
@@ -38,6 +41,7 @@ def write_report(
     bad_rows: Iterable[Any] = (),
     notes: Iterable[str] = (),
     missing: int = 0,
+    shown: Coverage | None = None,
 ) -> Path:
     """Writes a run as one HTML file that needs neither a network nor other files.
 
@@ -47,13 +51,15 @@ def write_report(
     it appears whole or not at all. Records are read once, one at a time.
 
     Args:
-        records: facts with their results; those without one are listed with the reason.
+        records: a store, or facts with their results; those without one are listed with the reason.
         path: the file, e.g. ``"out/report.html"``.
-        title: heading of the page; by default "Causal tracing of" the model.
+        title: heading of the page; by default a store's set of facts, or "Causal tracing of" the model.
         about: what was run, name to value; by default the metadata that all results agree on.
         bad_rows: rows of the data set that are no facts, in any form that has a ``str``.
         notes: sentences to show above the summary.
-        missing: facts that were asked for and are not among the records; the page counts them.
+        missing: facts that were asked for and are not among the records; the page counts them. Of a store it is known,
+            as are malformed rows and notes, to which those that are given are added.
+        shown: which facts of a store, see `Store.records`.
 
     Returns:
         The path written.
@@ -67,10 +73,15 @@ def write_report(
     about = None if about is None else mapping("about", about)
     notes, bad_rows = items("notes", notes, "a list of sentences"), items("bad_rows", bad_rows, "a list of rows")
     missing = whole_number("missing", missing, 0, meaning="facts")
-    records = objects("records", records, Record, "Store.records() or Tracer.trace_many")
+    found, shown = shown_records(records, shown)
+    if isinstance(records, Store) and shown is not None:
+        about_run = records.description
+        title = title or as_utf8(about_run.get("name") or None)
+        bad_rows, missing = [*about_run.get("bad_rows", ()), *bad_rows], missing + shown.missing
+        notes = [*records.notes, *shown.notes, *notes]
     script = _plotly_script()
     run = _Run()
-    averages, reason = run.read(records)
+    averages, reason = run.read(found)
     payload = {
         "title": title or f"Causal tracing of {_model_name(run.shared)}",
         "about": [[str(name), _text(value)] for name, value in (run.shared if about is None else about).items()],

@@ -2,8 +2,7 @@
 
 Processes are started by `accelerate launch` or `torchrun`, or one by one: several starts on one folder share the work
 as well. They work out the same packs and take their numbers one by one (see `fasttrace.runs.claims`); so a slow process
-holds nobody up, and what one that is killed was computing is computed by another. Or all processes of a start work on
-one prompt, each on a part of its cells.
+holds nobody up, and what one that is killed was computing is computed by another.
 """
 
 import atexit
@@ -14,27 +13,19 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from torch import distributed
 
-from fasttrace.engines.job import Job
-from fasttrace.engines.passes import run_together
-from fasttrace.engines.readout import Scores
-from fasttrace.engines.self_check import confirm
 from fasttrace.errors import FasttraceError, PlanError
-from fasttrace.fusing.choose import fused
-from fasttrace.many import Encoded, Planned, Study
-from fasttrace.planning.cost import Cost, total
 from fasttrace.runs.claims import CLAIMS, Claims, claims, named
 from fasttrace.runs.leases import LEASE_SECONDS, Worker
 
-__all__ = ["CLAIMS", "CellSharded", "Claims", "Patience", "Ranks", "claims"]
+__all__ = ["CLAIMS", "Claims", "Patience", "Ranks", "claims"]
 
 logger = logging.getLogger(__name__)
 
@@ -277,53 +268,3 @@ class Patience:
             return True
         self._sleep(SECONDS_BETWEEN_LOOKS)
         return False
-
-
-@dataclass(frozen=True)
-class CellSharded(Study):
-    """A study in which all processes work on one prompt, each on a part of its cells.
-
-    Attributes:
-        ranks: the processes.
-    """
-
-    ranks: Ranks = Ranks()
-
-    def packed(self, facts: Any) -> list[list[Encoded]]:
-        """Every fact alone."""
-        return [[each] for pack in super().packed(facts) for each in pack]
-
-    def _scores(self, planned: Planned) -> list[tuple[Scores, Cost]]:
-        (job,) = planned.jobs
-        shares = shares_of_cells(job, self.sweep.anatomy.n_layers, self.ranks.world)
-        found = self.ranks.all(lambda: self._scores_of(job, shares[self.ranks.rank]))
-        return [(_joined([scores for scores, _ in found], shares), total(cost for _, cost in found))]
-
-    def _scores_of(self, job: Job, share: np.ndarray) -> tuple[Scores, Cost]:
-        anatomy, name = self.sweep.anatomy, self.sweep.choice.name
-        part = replace(job, cells=tuple(job.cells[number] for number in share))
-        confirm(anatomy, self.sweep.choice)
-        with fused(anatomy, self.fuse and name != "reference"):
-            return run_together(name, anatomy, [part], self.budget)[0]
-
-
-def shares_of_cells(job: Job, n_layers: int, world: int) -> list[np.ndarray]:
-    """[process] numbers of the cells it computes: about equal work, neighbours in a column together.
-
-    Cells of one position share most of their rows, so that a position is cut as rarely as can be.
-    """
-    if not job.cells:
-        return [np.zeros(0, dtype=np.int64) for _ in range(world)]
-    first = np.array([min(cell, key=lambda edit: edit.layer)[1:3] for cell in job.cells])
-    order = np.lexsort((first[:, 0], first[:, 1]))
-    work = (n_layers - first[:, 0]) * (len(job.token_ids) - first[:, 1])
-    before = np.cumsum(work[order]) - work[order] / 2
-    return np.split(order, np.searchsorted(before, before[-1] * np.arange(1, world) / world))
-
-
-def _joined(parts: Sequence[Scores], shares: Sequence[np.ndarray]) -> Scores:
-    n_metrics, _, samples = parts[0].table.shape
-    table = np.empty((n_metrics, sum(map(len, shares)), samples))
-    for part, share in zip(parts, shares, strict=True):
-        table[:, share] = part.table
-    return replace(parts[0], table=table)

@@ -6,26 +6,27 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
+
+import torch
 
 from fasttrace.checks import one_of
 from fasttrace.engines.memory import Budget
 from fasttrace.errors import PlanError, PromptError, StoreError
+from fasttrace.experiment.settings import Settings
 from fasttrace.facts.dataset import Fact, FactSet
 from fasttrace.fusing import measure
-from fasttrace.many import Encoded, Study, study_of
 from fasttrace.models.identity import digests
 from fasttrace.results.record import Record
+from fasttrace.results.versions import versions
 from fasttrace.runs.manifest import SAME_SIGMA, compared, differences, plain_json
-from fasttrace.runs.processes import CellSharded, Claims, Patience, Ranks, claims
+from fasttrace.runs.processes import Claims, Patience, Ranks, claims
+from fasttrace.runs.shared_cells import SharedCells
 from fasttrace.runs.store import MANIFEST, Store
-from fasttrace.sweeps import versions
-
-if TYPE_CHECKING:
-    from fasttrace.api import Tracer
+from fasttrace.study import Encoded, Study
 
 __all__ = ["Outcome", "Told", "run"]
 
@@ -56,6 +57,26 @@ class Told:
 Progress = Callable[[Told], None]
 
 
+class Tracing(Protocol):
+    """What a run takes of a `Tracer`."""
+
+    name: str
+    revision: str | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its tokens."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What makes the model this one."""
+        ...
+
+    def study_of(self, facts: FactSet, settings: Settings) -> tuple[Study, list[Encoded], list[Record]]:
+        """A study, its facts as tokens, and those that cannot be."""
+        ...
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a run came to.
@@ -75,9 +96,9 @@ class Outcome:
 
 
 def run(
-    tracer: "Tracer",
+    tracer: Tracing,
     facts: FactSet,
-    folder: str | Path,
+    folder: str | os.PathLike[str],
     *,
     ranks: Ranks | None = None,
     shard: str = "facts",
@@ -103,28 +124,26 @@ def run(
             other errors.
     """
     one_of("shard", shard, SHARDS)
+    settings = Settings(first_target_token=True, **options)
     ranks = ranks or Ranks.current(cpu=tracer.device.type == "cpu")
     check_same_facts(ranks, facts)
-    study, encoded, refused = study_of(tracer, facts, **options)
-    if shard == "cells":
-        values = {field.name: getattr(study, field.name) for field in fields(study)}
-        study = CellSharded(**values, ranks=ranks)
+    study, encoded, refused = tracer.study_of(facts, settings)
+    study = replace(study, sharing=SharedCells(ranks) if shard == "cells" else None)
     if encoded:
-        study.sweep.job(encoded[0].prompt)  # raises what would otherwise be raised when the folder has been made
+        study.job(encoded[0].prompt)  # raises what would otherwise be raised when the folder has been made
     study = replace(study, budget=Budget(min(ranks.all(lambda: study.budget.tokens))))
     measure.settle(ranks.all(measure.choices))
     identities = ranks.all(tracer.identity)
     fingerprint = fingerprint_of(study, tracer.name, tracer.revision, identities[ranks.rank])
     check_same_run(ranks, {**fingerprint, "shard": shard})
-    sigma, notes = study.sweep.sigma, ()
-    if isinstance(fingerprint["noise"], str) and options.get("noise_subjects") is None:
+    sigma, notes = study.sigma, ()
+    if isinstance(settings.noise, str) and settings.noise_subjects is None:
         sigma, notes = ranks.first(lambda: kept_sigma(study, Path(folder), facts))
-    about = {**study.sweep.about, "identity": digests(identities[ranks.rank]), "notes": notes}
-    study = replace(study, sweep=replace(study.sweep, sigma=sigma, about=about))
+    about = {**study.about, "identity": digests(identities[ranks.rank]), "notes": notes}
+    study = replace(study, sigma=sigma, about=about)
     store = _opened(ranks, Path(folder), {**fingerprint, "sigma": sigma}, facts)
     store.notes += notes
-    budget = options.get("budget", "auto")
-    return _Run(ranks, study, store, facts, progress, budget).run(encoded, refused)
+    return _Run(ranks, study, store, facts, progress).run(encoded, refused)
 
 
 def _opened(ranks: Ranks, folder: Path, fingerprint: Mapping[str, Any], facts: FactSet) -> Store:
@@ -159,11 +178,10 @@ class _Run:
         store: Store,
         facts: FactSet,
         progress: Progress | None,
-        budget: Any = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.ranks, self.study, self.store, self.facts, self.progress = ranks, study, store, facts, progress
-        self.budget, self.clock = budget, clock
+        self.clock = clock
         self.packs: dict[int, list[Encoded]] = {}
         self.written: dict[str, dict[str, bool]] = {}
         self.skipped = 0
@@ -194,12 +212,13 @@ class _Run:
 
     @property
     def _together(self) -> bool:
-        return isinstance(self.study, CellSharded)
+        return self.study.sharing is not None
 
     def _key(self) -> str:
         """What starts have in common that make the same packs, and so share them."""
         study, ids = self.study, sorted(fact.id for fact in self.facts)
-        same = [self.store.fingerprint, ids, repr(self.budget), study.sweep.choice.name, study.fuse, self._together]
+        same = [self.store.fingerprint, ids, repr(study.settings.budget), study.choice.name, study.fuse]
+        same.append(self._together)
         return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
 
     def _packed(self, asked: Sequence[Encoded], claimed: Claims) -> list[list[Encoded]]:
@@ -213,7 +232,7 @@ class _Run:
 
     def _asked(self, encoded: Sequence[Encoded], left: set[str]) -> list[Encoded]:
         """Facts to trace, and those that an earlier start traced: so that every start makes the same packs."""
-        if not self.study.require_correct:
+        if not self.study.settings.require_correct:
             return list(encoded)
         unknown = [each for each in encoded if each.fact.id in left][self.ranks.rank :: self.ranks.world]
         shares = self.ranks.all(lambda: self.study.known(unknown))
@@ -300,7 +319,7 @@ class _Run:
         self._list(claimed)
         done = [each for number in self.done for each in self.packs.get(number, ())]
         facts = self.skipped + sum(map(len, self.packs.values()))
-        cells = len(self.study.sweep.windows) * self.study.sweep.anatomy.n_layers
+        cells = len(self.study.windows) * self.study.anatomy.n_layers
         cells *= sum(len(each.prompt.token_ids) for each in done)
         told = Told(facts, self.skipped + len(done), self.skipped, cells)
         if told != self.told:
@@ -343,18 +362,15 @@ def fingerprint_of(study: Study, name: str, revision: str | None, identity: Mapp
         revision: of the model.
         identity: of the model, from `fasttrace.models.identity.identity_of`.
     """
-    sweep = study.sweep
     return {
         "model": name,
         "revision": revision,
         **identity,
-        "noise": sweep.about["noise"],
-        "sigma": sweep.sigma,
-        "samples": sweep.samples,
-        "seed": sweep.seed,
-        "streams": list(sweep.windows),
-        "windows": dict(sweep.windows),
-        "dtype": str(sweep.anatomy.dtype).removeprefix("torch."),
+        **study.settings.experiment(),
+        "sigma": study.sigma,
+        "streams": list(study.windows),
+        "windows": dict(study.windows),
+        "dtype": str(study.anatomy.dtype).removeprefix("torch."),
         "metric": "probability",
         "target": study.target_rule,
         "versions": dict(versions()),
@@ -428,12 +444,12 @@ def kept_sigma(study: Study, folder: Path, facts: FactSet) -> tuple[float, tuple
     Raises:
         StoreError: the folder's manifest cannot be read.
     """
-    measured = study.sweep.sigma
+    measured = study.sigma
     if not os.path.exists(folder / MANIFEST):
         return measured, ()
     store = Store.read(folder)
     kept = store.fingerprint.get("sigma")
-    if not isinstance(kept, float) or store.fingerprint.get("noise") != study.sweep.about["noise"]:
+    if not isinstance(kept, float) or store.fingerprint.get("noise") != study.settings.noise:
         return measured, ()
     if math.isclose(kept, measured, rel_tol=SAME_SIGMA):
         return kept, ()

@@ -123,6 +123,7 @@ def test_every_option_reaches_the_run(home, tmp_path, monkeypatch):
         "folder": tmp_path / "run",
         "fuse": False,
         "dtype": "torch.float64",
+        "compat": None,
         "shard": "cells",
         "window": 3,
         "noise": 1.0,
@@ -177,7 +178,7 @@ def test_an_interrupted_run_ends_with_130_and_goes_on(home, tmp_path, monkeypatc
     [
         ("no.json", "{this is no JSON", "no.json"),
         ("columns.csv", "question,answer\nwhere,here\n", "prompt"),
-        ("empty.jsonl", "", "empty.jsonl: it is empty; give at least one good row"),
+        ("empty.jsonl", "", "empty.jsonl: it is empty; give at least one usable row"),
         ("none.jsonl", '{"prompt": "a", "subject": "b"}\n', "none.jsonl: line 1: subject 'b' does not occur"),
         ("facts.txt", "The Needle is", "facts.txt"),
     ],

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fasttrace.engines import ENGINES, cost_of_job, readout
+from fasttrace.engines import ENGINES, readout
 from fasttrace.engines.job import pack_of_jobs
 from fasttrace.errors import EngineError, NumericsError
 from fasttrace.experiment.cells import SITES, STREAMS, Edit
@@ -228,7 +228,7 @@ def test_flops_are_those_that_torch_counts(family):
     with FlopCounterMode(display=False) as counter:
         ENGINES["wavefront"](anatomy, job, lambda: None)
     # attention is counted under the causal mask by us and over whole rectangles by torch
-    assert cost_of_job("wavefront", anatomy, job).flops == pytest.approx(counter.get_total_flops(), rel=0.1)
+    assert ENGINES["wavefront"].cost_of(anatomy, job).flops == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
 def test_an_attention_of_the_users_own_is_set_back_afterwards(family):

@@ -1,5 +1,7 @@
 """Packs fit: the model of a pass's memory covers the allocator's peak, and a pass that does not fit is split."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fasttrace
 from fasttrace import EngineError
-from fasttrace.engines import ENGINES, LAYOUTS, memory, passes, wavefront
+from fasttrace.engines import ENGINES, memory, passes, wavefront
 from fasttrace.fusing.choose import fused
 from fasttrace.models.anatomy import anatomy_of
 from tests.conftest import all_grids, blank_scores, make_job
@@ -34,7 +36,7 @@ def peak_bytes(run):
 def test_the_bytes_of_a_token_cover_the_allocators_peak_and_are_not_far_above_it(name, engine, fuse):
     anatomy = anatomy_of(zoo.tiny_model(name, **SHAPES[name]))
     job = make_job(24, (1, 3), 4, all_grids(anatomy.streams, 3, 24), d_model=256)
-    tokens = job.plan(anatomy.n_layers, LAYOUTS[engine]).peak_tokens
+    tokens = job.plan(anatomy.n_layers, ENGINES[engine].layout).peak_tokens
     assert tokens > 4000, "what does not grow with the pack must not matter"
     with fused(anatomy, fuse):
         seen = peak_bytes(lambda: ENGINES[engine](anatomy, job, lambda: None)) / tokens
@@ -43,17 +45,17 @@ def test_the_bytes_of_a_token_cover_the_allocators_peak_and_are_not_far_above_it
 
 def out_of_memory_above(limit, engine, packs):
     """An engine on a device that holds `limit` tokens."""
-    run = ENGINES[engine]
+    right = ENGINES[engine]
 
     def small(anatomy, job, tick):
-        tokens = job.plan(anatomy.n_layers, LAYOUTS[engine]).peak_tokens
+        tokens = job.plan(anatomy.n_layers, ENGINES[engine].layout).peak_tokens
         packs.append(tokens)
         if tokens > limit:
             tick()
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return run(anatomy, job, tick)
+        return right(anatomy, job, tick)
 
-    return small
+    return replace(right, run=small)
 
 
 @pytest.mark.parametrize("engine", ["wavefront", "rows"])
@@ -91,7 +93,7 @@ def test_other_errors_of_a_pass_are_not_taken_for_lack_of_memory(monkeypatch):
     def broken(*_):
         raise RuntimeError("shape mismatch")
 
-    monkeypatch.setitem(ENGINES, "wavefront", broken)
+    monkeypatch.setitem(ENGINES, "wavefront", replace(ENGINES["wavefront"], run=broken))
     with pytest.raises(RuntimeError, match="shape mismatch"):
         tracer.trace([5, 6, 7, 8], subject=(1, 3), samples=2, engine="wavefront")
 
@@ -103,21 +105,23 @@ def test_processes_that_share_a_model_do_not_split_on_their_own(monkeypatch):
     monkeypatch.setitem(ENGINES, "wavefront", out_of_memory_above(3, "wavefront", []))
     job = make_job(5, (1, 3), 2, all_grids(("block_output",), 1, 5))
     with pytest.raises(torch.OutOfMemoryError):
-        passes.run_in_passes("wavefront", anatomy, job, 1000)
+        passes.run_in_passes(ENGINES["wavefront"], anatomy, job, memory.Budget(1000))
 
 
 @pytest.mark.parametrize("at_once", [10, 4, 3, 1])
-def test_samples_are_dealt_to_as_few_passes_as_the_budget_allows(at_once, monkeypatch):
+def test_samples_are_dealt_to_as_few_passes_as_the_budget_allows(at_once):
     anatomy, seen = anatomy_of(zoo.tiny_model("gpt2")), []
 
     def counted(_anatomy, job, _tick):
         seen.append(job.samples)
         return blank_scores(job, 67)
 
-    monkeypatch.setitem(ENGINES, "wavefront", counted)
+    engine = replace(ENGINES["wavefront"], run=counted)
     cells = all_grids(("block_output",), 1, 6)
     one_sample = make_job(6, (0, 2), 1, cells).plan(anatomy.n_layers, wavefront.LAYOUT).peak_tokens
-    scores, _ = passes.run_in_passes("wavefront", anatomy, make_job(6, (0, 2), 10, cells), at_once * one_sample)
+    scores, _ = passes.run_in_passes(
+        engine, anatomy, make_job(6, (0, 2), 10, cells), memory.Budget(at_once * one_sample)
+    )
     assert scores.cells.shape == (len(cells), 10)
     assert scores.base.shape == (1, 11)
     assert len(scores.top["corrupted"][0]) == 67

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fasttrace.engines import ENGINES, PACKING
+from fasttrace.engines import ENGINES
 from fasttrace.engines.job import answer_tables
+from fasttrace.engines.memory import Budget
 from fasttrace.engines.metrics import NONE, Answers, scored
 from fasttrace.engines.passes import run_in_passes
 from fasttrace.errors import PlanError
@@ -113,7 +114,7 @@ def test_prompts_that_share_a_pass_keep_their_own_answers(family):
     anatomy = tiny_anatomy(family)
     kinds = ((5, None, ()), (7, 3, (5,)), (6, (2, 9), (5, 6, 7)), (7, (1, 2, 3), ()))
     jobs = [make_job(n, (1, 3), 2, all_grids(STREAMS, 1, n), target=target, foil=foil) for n, target, foil in kinds]
-    for found, job in zip(PACKING["wavefront"](anatomy, jobs, lambda: None), jobs, strict=True):
+    for found, job in zip(ENGINES["wavefront"].run_jobs(anatomy, jobs, lambda: None), jobs, strict=True):
         alone = ENGINES["reference"](anatomy, job, lambda: None)
         assert found.names == alone.names == tuple(n for n in METRICS if job.foil or n not in FOIL_METRICS)
         np.testing.assert_allclose(found.table, alone.table, rtol=2e-3, atol=1e-5)
@@ -122,7 +123,9 @@ def test_prompts_that_share_a_pass_keep_their_own_answers(family):
 def test_passes_over_samples_and_over_cells_add_up_to_all_metrics(family):
     anatomy = tiny_anatomy(family)
     job = make_job(6, (1, 3), 5, all_grids(STREAMS, 1, 6), foil=(5,))
-    (whole, _), (parts, _) = (run_in_passes("wavefront", anatomy, job, budget) for budget in (100_000, 60))
+    (whole, _), (parts, _) = (
+        run_in_passes(ENGINES["wavefront"], anatomy, job, Budget(tokens)) for tokens in (100_000, 60)
+    )
     np.testing.assert_allclose(parts.table, whole.table, rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(parts.base, whole.base, rtol=1e-3, atol=1e-6)
     for run in ("clean", "corrupted"):

@@ -1,6 +1,7 @@
 """The self-check finds engines that are wrong, and says so."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def test_the_check_runs_once_per_model(family, monkeypatch):
     anatomy = anatomy_of(tiny_model(family))
     first = select.choose(anatomy)
     for name in ENGINES:
-        monkeypatch.setitem(ENGINES, name, lambda *_: pytest.fail("checked twice"))
+        monkeypatch.setitem(ENGINES, name, replace(ENGINES[name], run=lambda *_: pytest.fail("checked twice")))
     assert select.choose(anatomy) == first
 
 
@@ -44,7 +45,7 @@ def wrong(run, amount):
 
 def test_wrong_packed_engines_step_down_to_rows_with_the_number(family, monkeypatch, caplog):
     for name in ("wavefront", "fork"):
-        monkeypatch.setitem(ENGINES, name, wrong(ENGINES[name], 1.01))
+        monkeypatch.setitem(ENGINES, name, replace(ENGINES[name], run=wrong(ENGINES[name], 1.01)))
     with caplog.at_level(logging.WARNING, logger="fasttrace"):
         choice = select.choose(anatomy_of(tiny_model(family)))
     assert choice.name == "rows"
@@ -56,7 +57,7 @@ def test_a_wavefront_that_crashes_steps_down_to_fork(family, monkeypatch):
     def crash(anatomy, job, tick):
         raise RuntimeError("shape mismatch")
 
-    monkeypatch.setitem(ENGINES, "wavefront", crash)
+    monkeypatch.setitem(ENGINES, "wavefront", replace(ENGINES["wavefront"], run=crash))
     choice = select.choose(anatomy_of(tiny_model(family)))
     assert choice.name == "fork"
     assert "RuntimeError: shape mismatch" in choice.reason
@@ -64,7 +65,7 @@ def test_a_wavefront_that_crashes_steps_down_to_fork(family, monkeypatch):
 
 def test_no_engine_is_better_than_a_wrong_one(family, monkeypatch):
     for name in ENGINES:
-        monkeypatch.setitem(ENGINES, name, wrong(ENGINES[name], 1.5))
+        monkeypatch.setitem(ENGINES, name, replace(ENGINES[name], run=wrong(ENGINES[name], 1.5)))
     with pytest.raises(EngineError, match=r"no engine is right .*wavefront differs.*by 4.1e-01.*reference differs"):
         select.choose(anatomy_of(tiny_model(family)))
 
@@ -89,7 +90,7 @@ def test_a_named_engine_is_checked_too_and_runs_or_raises(family, monkeypatch):
     choice = select.choose(anatomy, "rows")
     assert (choice.name, choice.reason) == ("rows", "asked for by name; rows passed the self-check")
     assert choice.self_check_error < 1e-4
-    monkeypatch.setitem(ENGINES, "fork", wrong(ENGINES["fork"], 1.5))
+    monkeypatch.setitem(ENGINES, "fork", replace(ENGINES["fork"], run=wrong(ENGINES["fork"], 1.5)))
     with pytest.raises(EngineError, match=r"engine 'fork' differs from plain .* by 4.1e-01 .*; use engine='auto'"):
         select.choose(anatomy, "fork")
 
@@ -101,7 +102,7 @@ def test_the_reference_needs_no_check(family, monkeypatch):
 
 
 def test_a_step_down_is_told_once(family, monkeypatch, caplog):
-    monkeypatch.setitem(ENGINES, "wavefront", wrong(ENGINES["wavefront"], 1.5))
+    monkeypatch.setitem(ENGINES, "wavefront", replace(ENGINES["wavefront"], run=wrong(ENGINES["wavefront"], 1.5)))
     anatomy = anatomy_of(tiny_model(family))
     first = select.choose(anatomy)
     assert "stepping down" in caplog.text
@@ -146,7 +147,7 @@ def test_memory_that_runs_out_in_a_check_is_an_error_and_no_verdict(family, monk
 
     anatomy = anatomy_of(tiny_model(family))
     with monkeypatch.context() as patch:
-        patch.setitem(ENGINES, "wavefront", small)
+        patch.setitem(ENGINES, "wavefront", replace(ENGINES["wavefront"], run=small))
         for engine in ("auto", "wavefront"):
             with pytest.raises(EngineError, match=r"out of memory on cpu during the self-check, .* free memory"):
                 select.choose(anatomy, engine)
@@ -171,7 +172,7 @@ def test_an_engine_that_raises_anything_steps_down(family, monkeypatch, error):
     def crash(*_):
         raise error("at two rows")
 
-    monkeypatch.setitem(ENGINES, "wavefront", crash)
+    monkeypatch.setitem(ENGINES, "wavefront", replace(ENGINES["wavefront"], run=crash))
     choice = select.choose(anatomy_of(tiny_model(family)))
     assert choice.name == "fork"
     assert f"{error.__name__}: at two rows" in choice.reason
@@ -183,7 +184,7 @@ def test_an_interrupted_check_is_made_again(family, monkeypatch):
 
     anatomy = anatomy_of(tiny_model(family))
     with monkeypatch.context() as patch:
-        patch.setitem(ENGINES, "wavefront", interrupted)
+        patch.setitem(ENGINES, "wavefront", replace(ENGINES["wavefront"], run=interrupted))
         with pytest.raises(KeyboardInterrupt):
             select.choose(anatomy)
     assert select.choose(anatomy).name == "wavefront"

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import transformers.models.gpt2.modeling_gpt2  # noqa: F401 (imported once for all)
 
-from fasttrace import api, many  # noqa: F401
+from fasttrace import api  # noqa: F401
+from fasttrace import study as studies
 from fasttrace.cli import progress  # noqa: F401
 from fasttrace.cli.app import app
 from fasttrace.errors import StoreError
@@ -77,15 +78,15 @@ def _run(arguments: Sequence[str], log: str, pause: float, places: dict[str, int
 
 
 def _slow_down(pause: float) -> None:
-    right = many.Study._records
+    right = studies.Study._records
 
-    def slow(study: many.Study, planned: many.Planned) -> Any:
+    def slow(study: studies.Study, planned: studies.Planned) -> Any:
         if pause < 0:
             raise StoreError("no room for this")
         time.sleep(pause)
         return right(study, planned)
 
-    many.Study._records = slow
+    studies.Study._records = slow
 
 
 def wait(pids: Sequence[int], seconds: float, launched: bool) -> list[int]:

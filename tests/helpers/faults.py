@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fasttrace import many
-from fasttrace.runs import claims, leases
+from fasttrace import study as studies
+from fasttrace.runs import claims, leases, shared_cells
 from fasttrace.runs import processes as distributed
 from fasttrace.runs import store as stores
 
@@ -75,10 +75,10 @@ def no_memory_in_the_second(rank: int) -> None:
     """The second process finds no memory for its share of a prompt's cells."""
     if rank == 1:
 
-        def scores_of(study: distributed.CellSharded, job: Any, share: Any) -> Any:
+        def scores_of(sharing: shared_cells.SharedCells, study: Any, job: Any, share: Any) -> Any:
             raise MemoryError
 
-        distributed.CellSharded._scores_of = scores_of
+        shared_cells.SharedCells._scores_of = scores_of
 
 
 def interrupted(rank: int) -> None:
@@ -103,12 +103,12 @@ def _raise(error: BaseException) -> None:
 
 
 def _before_pack(number: int, fault: Callable[[], None]) -> None:
-    right, asked = many.Study._records, []
+    right, asked = studies.Study._records, []
 
-    def records(study: many.Study, planned: many.Planned) -> Any:
+    def records(study: studies.Study, planned: studies.Planned) -> Any:
         asked.append(1)
         if len(asked) == number:
             fault()
         return right(study, planned)
 
-    many.Study._records = records
+    studies.Study._records = records

@@ -1,5 +1,7 @@
 """Parts are found by rule or by path; what cannot be traced is refused with a sentence that says what to do."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -250,7 +252,7 @@ def test_every_engine_is_named_in_the_error_when_none_is_right(monkeypatch):
         raise RuntimeError("shape mismatch")
 
     for name in ENGINES:
-        monkeypatch.setitem(ENGINES, name, crash)
+        monkeypatch.setitem(ENGINES, name, replace(ENGINES[name], run=crash))
     with pytest.raises(EngineError, match=r"wavefront does not run.*fork does not.*rows does not.*reference does not"):
         select.choose(anatomy_of(zoo.tiny_model("gpt2")))
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fasttrace
-from fasttrace.engines import ENGINES, PACKING, reference
+from fasttrace.engines import ENGINES, reference
 from fasttrace.engines import self_check as select
 from fasttrace.engines.job import Job
 from fasttrace.experiment.cells import Edit, grid_cells
@@ -179,7 +179,7 @@ def test_prompts_of_several_lengths_share_a_pass_of_a_model_that_looks_twice(nam
         job_on(anatomy, [45, 3, 8, 30, 2, 12, 44], (0, 1)),
     ]
     assert select.prompts_share_passes(anatomy, "wavefront")
-    for job, given in zip(jobs, PACKING["wavefront"](anatomy, jobs, lambda: None), strict=True):
+    for job, given in zip(jobs, ENGINES["wavefront"].run_jobs(anatomy, jobs, lambda: None), strict=True):
         expected = reference.run(anatomy, job, lambda: None, rows=1000)
         np.testing.assert_allclose(given.cells, expected.cells, rtol=2e-4)
 

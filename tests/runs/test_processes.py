@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,11 +12,12 @@ import torch
 import fasttrace
 from fasttrace import PlanError
 from fasttrace.experiment.cells import grid_cells
+from fasttrace.experiment.settings import Settings
 from fasttrace.facts.dataset import read_facts
-from fasttrace.many import study_of
 from fasttrace.runs import processes as distributed
-from fasttrace.runs.processes import RANK_NAMES, CellSharded, Ranks, shares_of_cells
+from fasttrace.runs.processes import RANK_NAMES, Ranks
 from fasttrace.runs.run import run
+from fasttrace.runs.shared_cells import SharedCells, shares_of_cells
 from fasttrace.runs.store import Store
 from tests.conftest import all_grids, make_job
 from tests.helpers.run_facts import (
@@ -375,19 +377,18 @@ def test_shares_may_be_empty(cells):
 def test_cells_of_many_processes_are_joined_in_their_order(monkeypatch, world):
     """Every process's share is computed here, one after the other."""
     tracer = tracer_with_text()
-    study, encoded, _ = study_of(tracer, facts_of(2), budget=SMALL, **OPTIONS)
+    study, encoded, _ = tracer.study_of(read_facts(facts_of(2)), Settings(budget=SMALL, **OPTIONS))
     expected = [record.result for pack in study.packed(encoded) for record in next(study.run([pack]))]
 
     def all_of(ranks, work):
         found = []
         for rank in range(world):
-            monkeypatch.setitem(vars(study.ranks), "rank", rank)
+            monkeypatch.setitem(vars(study.sharing.ranks), "rank", rank)
             found.append(work())
         return found
 
     monkeypatch.setattr(Ranks, "all", all_of)
-    values = {name: getattr(study, name) for name in ("sweep", "encode", "fuse", "budget")}
-    study = CellSharded(**values, ranks=Ranks(0, world))
+    study = replace(study, sharing=SharedCells(Ranks(0, world)))
     found = [records[0].result for records in study.run(study.packed(encoded))]
     for result, one in zip(found, expected, strict=True):
         for stream in one.streams:
