@@ -19,6 +19,7 @@ from fasttrace.engines import ENGINES, Engine
 from fasttrace.engines.clean import clean_tops
 from fasttrace.engines.job import Job
 from fasttrace.engines.memory import Budget
+from fasttrace.engines.metrics import Metric
 from fasttrace.engines.passes import Progress
 from fasttrace.engines.readout import Scores
 from fasttrace.engines.self_check import EngineChoice, confirm, prompts_share_passes
@@ -33,7 +34,7 @@ from fasttrace.planning.cost import Cost
 from fasttrace.prompts.prompt import Prompt, token_text
 from fasttrace.results.metric_grids import MetricGrids
 from fasttrace.results.record import Record
-from fasttrace.results.result import TraceResult
+from fasttrace.results.result import BACKGROUND, DIRECTION, TraceResult
 from fasttrace.results.versions import versions
 
 __all__ = ["Encoded", "Planned", "Study", "encoded_facts"]
@@ -96,6 +97,7 @@ class Study:
         budget: tokens of a pack.
         about: further metadata of results; its notes go before a prompt's own.
         sharing: all processes compute one prompt together; None: this one computes alone.
+        metrics: a user's own, name and function.
     """
 
     anatomy: Anatomy
@@ -108,6 +110,7 @@ class Study:
     budget: Budget
     about: Mapping[str, Any] = field(default_factory=dict)
     sharing: Sharing | None = None
+    metrics: tuple[tuple[str, Metric], ...] = ()
 
     # One prompt.
 
@@ -120,7 +123,7 @@ class Study:
         drawn = {"sigma": self.sigma, "samples": self.settings.samples, "seed": self.settings.seed}
         noise = draw(prompt.span, self.anatomy.d_model, neutral=self.anatomy.neutral_token, **drawn)
         ids = torch.tensor(prompt.token_ids, dtype=torch.long, device="cpu")
-        return Job(ids, noise, self._cells(len(ids)), prompt.target_id)
+        return Job(ids, noise, self._cells(len(ids)), prompt.targets, prompt.foil_ids, self.metrics)
 
     def _cells(self, n_positions: int) -> tuple[Cell, ...]:
         grids = (grid_cells(s, width, self.anatomy.n_layers, n_positions) for s, width in self.windows.items())
@@ -171,6 +174,8 @@ class Study:
             "prompt": prompt.text,
             "subject": prompt.subject,
             "notes": [*self.about.get("notes", ()), *prompt.notes, *self._second_look()],
+            "direction": DIRECTION,
+            "background": BACKGROUND,
             **self.settings.experiment(),
             "sigma": self.sigma,
             "dtype": str(self.anatomy.dtype).removeprefix("torch."),
@@ -355,4 +360,5 @@ def encoded_facts(
 
 def with_target(each: Encoded, target_id: int) -> Encoded:
     """The same fact, with another token to score."""
-    return replace(each, prompt=replace(each.prompt, target_id=target_id))
+    foils = tuple(token for token in each.prompt.foil_ids if token != target_id)
+    return replace(each, prompt=replace(each.prompt, target_id=target_id, foil_ids=foils))

@@ -19,6 +19,9 @@ __all__ = ["Prompt", "encode", "plain_ids", "subjects_of", "token_text"]
 
 logger = logging.getLogger("fasttrace")
 
+Answer = str | int | Sequence[str | int]
+"""A token as text or id, or several."""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -32,6 +35,8 @@ class Prompt:
         subject: the subject as text; None without tokenizer.
         target_id: token whose probability is scored; None: the clean run's top token.
         notes: what differs from the prompt, subject and target as typed, a sentence each; logged as a warning.
+        further_targets: more tokens that count as the target.
+        foil_ids: tokens that the target is compared with.
     """
 
     text: str | None
@@ -41,14 +46,22 @@ class Prompt:
     subject: str | None
     target_id: int | None
     notes: tuple[str, ...] = ()
+    further_targets: tuple[int, ...] = ()
+    foil_ids: tuple[int, ...] = ()
+
+    @property
+    def targets(self) -> int | tuple[int, ...] | None:
+        """What is scored: a token, several, or None for the clean run's top token."""
+        return self.target_id if self.target_id is None else (self.target_id, *self.further_targets)
 
 
 def encode(
     tokenizer: Any,
     prompt: str | Sequence[int],
     subject: str | tuple[int, int],
-    target: str | int | None,
+    target: Answer | None,
     *,
+    foil: Answer | None = None,
     vocabulary: int,
     max_positions: int | None = None,
     subject_start: int | None = None,
@@ -62,7 +75,8 @@ def encode(
         prompt: text, or token ids. A chat template is not applied.
         subject: text that occurs once in the prompt as a whole word, or else once, or a half-open token span.
         target: text that is one token behind the prompt, a token id, or None for the clean top token. A space is put
-            before it where running text has one; see `target_token`.
+            before it where running text has one; see `target_token`. Or a list of such, of which any counts.
+        foil: what the target is compared with, given as the target is.
         vocabulary: number of token ids the model knows.
         max_positions: longest prompt the model takes.
         subject_start: the character of the prompt at which the subject's text begins; None: it is searched for.
@@ -70,7 +84,8 @@ def encode(
         tell: log the notes as a warning.
 
     Raises:
-        PromptError: empty or too long prompt, subject or target that cannot be found; it shows the tokens.
+        PromptError: empty or too long prompt, subject or target that cannot be found; it shows the tokens. Or a target
+            and a foil that share a token.
     """
     text = prompt if isinstance(prompt, str) else None
     encoding = _given_ids(prompt) if text is None else _encoded(tokenizer, text)
@@ -79,9 +94,13 @@ def encode(
     _check_length(ids, max_positions)
     tokens = tuple(token_text(tokenizer, token_id) for token_id in ids)
     span, subject_notes = _span_of(subject, subject_start, text, encoding.offsets, tokens)
-    target_id, target_notes = _target_of(tokenizer, target, text, ids, first_target_token)
-    _check_target(tokenizer, target, target_id, vocabulary)
-    notes = (*encoding.notes, *subject_notes, *target_notes)
+    answers = [
+        _answers(tokenizer, name, given, text, ids, first_target_token, vocabulary)
+        for name, given in (("target", target), ("foil", foil))
+    ]
+    (targets, target_notes), (foils, foil_notes) = answers
+    _check_apart(tokenizer, targets, foils)
+    notes = (*encoding.notes, *subject_notes, *target_notes, *foil_notes)
     if notes and tell:
         logger.warning("%s", "; ".join(notes))
     return Prompt(
@@ -90,8 +109,10 @@ def encode(
         tokens=tokens,
         span=span,
         subject=_subject_text(tokenizer, subject, ids[slice(*span)]),
-        target_id=target_id,
+        target_id=targets[0] if targets else None,
         notes=notes,
+        further_targets=targets[1:],
+        foil_ids=foils,
     )
 
 
@@ -261,21 +282,34 @@ def _subject_text(tokenizer: Any, subject: Any, ids: Sequence[int]) -> str | Non
     return None if tokenizer is None else decoded(tokenizer, ids).strip()
 
 
-def _target_of(
-    tokenizer: Any, target: Any, text: str | None, ids: Sequence[int], first: bool
-) -> tuple[int | None, list[str]]:
-    """The target's token, and what the user should be told about it."""
-    if isinstance(target, str):
-        return target_token(tokenizer, target, text, ids, first)
-    return (target if target is None else _whole(target)), []
+def _answers(
+    tokenizer: Any, name: str, given: Any, text: str | None, ids: Sequence[int], first: bool, vocabulary: int
+) -> tuple[tuple[int, ...], list[str]]:
+    """Tokens of a target or a foil, each once, and what the user should be told about them; none if None is given."""
+    if given is None:
+        return (), []
+    found: list[int] = []
+    notes: list[str] = []
+    for each in given if isinstance(given, list | tuple) else [given]:
+        token = _whole(each)
+        if isinstance(each, str):
+            token, told = target_token(tokenizer, each, text, ids, first)
+            notes += told if name == "target" else [f"the foil as a {note}" for note in told]
+        if token is None or not 0 <= token < vocabulary:
+            found_id, advice = (token, _too_many(tokenizer, vocabulary)) if isinstance(each, str) else (each, "")
+            raise PromptError(f"{name} is {found_id!r}; give text, or a token id from 0 to {vocabulary - 1}{advice}")
+        found.append(token)
+    if not found:
+        raise PromptError(f"{name} is an empty list: give one or more, or None")
+    return tuple(dict.fromkeys(found)), notes
 
 
-def _check_target(tokenizer: Any, target: Any, target_id: int | None, vocabulary: int) -> None:
-    if target is None:
-        return
-    if target_id is None or not 0 <= target_id < vocabulary:
-        found, advice = (target_id, _too_many(tokenizer, vocabulary)) if isinstance(target, str) else (target, "")
-        raise PromptError(f"target is {found!r}; give text, or a token id from 0 to {vocabulary - 1}{advice}")
+def _check_apart(tokenizer: Any, targets: Iterable[int], foils: Iterable[int]) -> None:
+    for token in set(targets) & set(foils):
+        raise PromptError(
+            f"target and foil both have token {token} ({token_text(tokenizer, token)!r}): their difference would be 0 "
+            "everywhere; give a foil with another first token"
+        )
 
 
 def _numbered(tokens: tuple[str, ...]) -> str:
