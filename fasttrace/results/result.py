@@ -396,11 +396,12 @@ class TraceResult:
             np.savez(temporary, **arrays)
         return file
 
-    def plot(self, stream: str | None = None) -> "ggplot | Compose":
+    def plot(self, stream: str | None = None, *, metric: str | None = None) -> "ggplot | Compose":
         """Draws the heat map of one stream, or all of them side by side in one figure.
 
         Args:
             stream: one of ``streams``; None for the whole figure.
+            metric: one of ``metrics``; None for ``default_metric``.
 
         Returns:
             A plotnine plot or composition: show it, restyle it, or save it with its ``save``.
@@ -411,7 +412,7 @@ class TraceResult:
         """
         from fasttrace.results import figure as plots
 
-        return plots.plot_figure(self) if stream is None else plots.plot_stream(self, stream)
+        return plots.plot_figure(self, metric) if stream is None else plots.plot_stream(self, stream, metric)
 
 
 def load(path: str | os.PathLike[str]) -> TraceResult:

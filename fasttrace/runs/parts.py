@@ -51,6 +51,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fasttrace.errors import StoreError
+from fasttrace.experiment.cells import SITES
 from fasttrace.experiment.metrics import METRICS, SPREADLESS
 from fasttrace.facts.dataset import Fact
 from fasttrace.files.received import NONSENSE, expect, parsed, read_regular, why
@@ -98,9 +99,15 @@ STATUSES = ("traced", "skipped")
 TEXTS = (*FACT_COLUMNS[1:], "reason", "tokens", "target_token")
 """Columns of which `details` may hold the exact text."""
 SHORT_SUM = 16
-OF_OTHERS = tuple(f"{name}_" for name in METRICS if name.startswith("prob_"))
-"""What columns begin with whose metric begins as prob does."""
 NAME = re.compile(r"part-\d{3,}-\d{6,}-[0-9a-f]{8}-([0-9a-f]{16})\.parquet")
+
+
+def _columns_of(metric: str) -> tuple[str, ...]:
+    return (metric,) if metric in SPREADLESS else (metric, f"{metric}_std")
+
+
+OF_METRICS = frozenset(f"{value}_{site}" for name in METRICS[1:] for value in _columns_of(name) for site in SITES)
+"""Columns of the metrics that fasttrace knows, prob apart."""
 
 
 class DamagedPartError(StoreError):
@@ -259,9 +266,10 @@ def _check_columns(schema: pa.Schema) -> None:
         found = schema.field(field.name).type
         expect(found == field.type, f"column {field.name} of type {found}, expected {field.type}")
     for field in schema:
-        value, _, stream = field.name.partition("_")
-        if value in ("prob", "std") and not field.name.startswith(OF_OTHERS):
-            check_streams([stream])
+        if field.name in OF_METRICS:
+            expect(field.type == pa.list_(pa.float32()), f"column {field.name} of type {field.type}")
+        elif field.name.startswith(("prob_", "std_")):
+            check_streams([field.name.partition("_")[2]])
             expect(field.type == pa.list_(pa.float64()), f"column {field.name} of type {field.type}")
 
 
@@ -298,10 +306,6 @@ def _schema(streams: Iterable[str], metrics: Iterable[str]) -> pa.Schema:
     grids = [pa.field(name, pa.list_(pa.float64())) for name in probs]
     grids += [pa.field(name, pa.list_(pa.float32())) for name in others]
     return pa.schema([*PLAIN_COLUMNS, *grids, pa.field("details", pa.string())])
-
-
-def _columns_of(metric: str) -> tuple[str, ...]:
-    return (metric,) if metric in SPREADLESS else (metric, f"{metric}_std")
 
 
 def _row(record: Record) -> dict[str, Any]:
@@ -362,6 +366,8 @@ def _details(result: TraceResult) -> dict[str, Any]:
 def _grids(table: pa.Table, row: int, value: str, streams: Iterable[str]) -> dict[str, np.ndarray]:
     n_layers = table.column("n_layers")[row].as_py()
     lists = {stream: table.column(f"{value}_{stream}")[row] for stream in streams}
+    for grid in lists.values():
+        expect(pa.types.is_floating(grid.type.value_type), f"a grid of type {grid.type}")
     return {stream: grid.values.to_numpy().reshape(n_layers, -1) for stream, grid in lists.items()}
 
 
