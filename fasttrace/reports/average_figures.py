@@ -189,7 +189,7 @@ def legend(averages: Averages) -> str:
     name = plots.METRIC_NAMES.get(averages.metric, averages.metric)
     if averages.value == averages.metric:
         return LEGENDS.get(averages.metric, name)
-    return LEGENDS[averages.value] if averages.metric == "prob" else f"{LEGENDS[averages.value]}, {name}"
+    return LEGENDS[averages.value] if averages.metric == "prob" else f"{LEGENDS[averages.value]},\n{name}"
 
 
 def _value_name(averages: Averages) -> str:

@@ -168,7 +168,7 @@ def _panel(result: TraceResult, stream: str, width: float, metric: str) -> "ggpl
     grid = result.grid(stream, value, metric=metric)
     cells = pd.DataFrame({"layer": layer, "position": position, "value": grid.ravel()})
     scale = _fill_scale(result, stream) if value is None else signed_scale(grid)
-    legend = _probability_of(result, LEGEND_LENGTH) if value is None else METRIC_NAMES.get(metric, metric)
+    legend = _probability_of(result, LEGEND_LENGTH) if value is None else effect_on(metric)
     return (
         p9.ggplot(cells, p9.aes("layer", "position", fill="value"))
         + p9.geom_tile(width=1, height=1)
@@ -205,6 +205,11 @@ def _fill_scale(result: TraceResult, stream: str) -> Any:
     bar = p9.guide_colorbar(nbin=100, display="rectangles")  # a gradient is megabytes in an SVG
     options = {"limits": (low, high), "oob": squish, "labels": _number_labels, "guide": bar}
     return p9.scale_fill_cmap(color_map(stream), **options)
+
+
+def effect_on(metric: str) -> str:
+    """What a legend of signed effects says."""
+    return f"effect on\n{METRIC_NAMES.get(metric, metric)}"
 
 
 def signed_scale(values: np.ndarray) -> Any:
