@@ -4,15 +4,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 VERSIONS ?= 5.1.0 5.17.0
+JOBS ?= 2
 COMPILED := $(wildcard tests/kernels/compile_*.py)
 
-.PHONY: help demo test test-transformers check format kernels kernels-interpreted families bench bench-peers bench-gpu clean
+.PHONY: help demo test test-all test-transformers check format kernels kernels-interpreted families bench bench-peers bench-gpu clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo         trace one prompt on the embedded model and draw it into out/demo"
-	@echo "make test         run the tests"
-	@echo "make test-transformers VERSIONS='5.1.0 5.17.0'  the same with other versions of transformers, slow tests left out"
+	@echo "make test         the quick tests: run them while you work"
+	@echo "make test-all     every test: also kills, launchers, browsers, notebooks and every model family"
+	@echo "make test-transformers VERSIONS='5.1.0 5.17.0'  the quick tests with other versions of transformers"
 	@echo "make check        ruff and pyright"
 	@echo "make format       let ruff rewrite what it can"
 	@echo "make kernels      the GPU kernels without a GPU: interpreted, and compiled for sm_80 and sm_90"
@@ -26,8 +28,12 @@ help:
 demo: $(VENV)/.with-plot
 	$(BIN)/fasttrace demo $(ARGS)
 
+# Two processes: the tests set the number of threads of a product to 1.
 test: $(VENV)/.with-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) $(ARGS)
+
+test-all: $(VENV)/.with-docs
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 # What is not installed beside the other transformers is taken from .venv.
 test-transformers: $(foreach version,$(VERSIONS),build/transformers-$(version)/.done)

@@ -12,7 +12,7 @@ import argparse
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -44,14 +44,72 @@ WORDS = 140
 
 
 HEADER = (
-    "# Families",
-    "",
-    "Written by `make families`. `auto` is the engine that the self-check chose. A number is an engine's largest",
-    "difference from the reference engine on all cells, over the spread of the reference's grids; words say why an",
-    "engine does not run. `spread` is how far the reference's probabilities lie apart. The last columns are paths in a",
-    "block.",
-    "",
+    "Written by `make families`: every engine on a tiny random model of every causal type that transformers has,",
+    "compared with plain forward passes. [How it works](how-it-works.md) says what the engines are.",
 )
+LEGEND = (
+    "`auto` is the engine that the self-check chose. A number is an engine's largest difference from the reference",
+    "engine on all cells, divided by the spread of the reference's grids. Words say why an engine does not run",
+    "(`make families` prints the exceptions). `spread` is how far the reference's probabilities lie apart. The last",
+    "columns are paths in a block.",
+)
+ENGINE_WORDS = {
+    "wavefront": "all cells in one packed pass",
+    "fork": "the same, attention called per group of rows",
+    "rows": "one pass of whole rows",
+    "reference": "one cell at a time",
+    "no engine": "cannot be traced, or no tiny model can be built",
+}
+KNOWN = {
+    "GPT-2, DistilGPT-2": "gpt2",
+    "GPT-J": "gptj",
+    "GPT-NeoX, Pythia": "gpt_neox",
+    "OPT": "opt",
+    "BLOOM": "bloom",
+    "Falcon": "falcon",
+    "MPT": "mpt",
+    "Llama 1, 2, 3; SmolLM, SmolLM2": "llama",
+    "Llama 4": "llama4_text",
+    "Mistral": "mistral",
+    "Mixtral": "mixtral",
+    "Qwen 2, 2.5": "qwen2",
+    "Qwen 3": "qwen3",
+    "Qwen 3, experts": "qwen3_moe",
+    "Gemma": "gemma",
+    "Gemma 2": "gemma2",
+    "Gemma 3": "gemma3_text",
+    "Gemma 3n": "gemma3n_text",
+    "Phi-1.5, Phi-2": "phi",
+    "Phi-3, Phi-4": "phi3",
+    "OLMo 2": "olmo2",
+    "SmolLM3": "smollm3",
+    "gpt-oss": "gpt_oss",
+    "DeepSeek V3, R1": "deepseek_v3",
+    "Command R": "cohere",
+    "Granite 3": "granite",
+    "StarCoder2": "starcoder2",
+    "StableLM": "stablelm",
+    "GLM-4": "glm4",
+    "Mamba": "mamba",
+    "Jamba": "jamba",
+}
+"""Names that people know -> type of transformers."""
+
+REASONS = (
+    ("no attribute 'update_indexer'", "sparse attention chooses its keys"),
+    ("no attribute 'get_conv_state'", "recurrent blocks pass on no keys and values"),
+    ("takes no cache of earlier keys and values", "recurrent blocks pass on no keys and values"),
+    ("blocks attended through the pack", "some blocks attend in another way, or not at all"),
+    ("does not take its attention from transformers' interface", "has attention code of its own"),
+    ("has no attention_output", "attention is not a module of its own"),
+    ("no single input embedding", "no single input embedding to add noise to"),
+    ("gets hidden states of shape", "its positions are not the prompt's tokens"),
+    ("no list of", "no list of blocks is found"),
+    ("does not keep hidden states as", "hidden states are not [row, position, d_model]"),
+    ("is never computed", "a part of its blocks is never called"),
+    ("does not take such a pass", "its code expects whole prompts"),
+)
+"""What a reason contains -> what the table says in its place; the first that fits."""
 
 
 @dataclass
@@ -73,11 +131,18 @@ class Examined:
 
     def cells(self, engines: Sequence[str]) -> list[str]:
         """The row's fields."""
-        results = [
-            f"{self.errors[name]:.0e}" if name in self.errors else self.problems.get(name, "") for name in engines
-        ]
+        return self._fields(self.chosen, {name: self.problems.get(name, "") for name in engines})
+
+    def written(self, engines: Sequence[str]) -> list[str]:
+        """The row's fields with reasons in words, as the file has them."""
+        # One engine's exception may name the cause of another's.
+        problems = {name: in_words(self.problems.get(name, ""), self.problems.values()) for name in engines}
+        return self._fields(in_words(self.chosen, ()), problems)
+
+    def _fields(self, chosen: str, problems: Mapping[str, str]) -> list[str]:
+        results = [f"{self.errors[name]:.0e}" if name in self.errors else problems[name] for name in problems]
         spread = "" if self.spread is None else f"{self.spread:.2g}"
-        return [f"`{self.name}`", self.chosen, *results, spread, self.attention, self.mlp]
+        return [f"`{self.name}`", chosen, *results, spread, self.attention, self.mlp]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -95,20 +160,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     logging.getLogger("fasttrace").setLevel(logging.ERROR)
     engines = [name for name in options.engines if name != REFERENCE]
-    print(_about())
-    lines = _heading(engines)
-    print(*lines, sep="\n")
+    print(_about(), *_heading(engines), sep="\n")
     found = []
     for name in options.types or dict.fromkeys([*zoo.ALL, *zoo.VARIANTS]):
         found.append(examine(name, engines))
-        lines.append(_line(found[-1].cells(engines)))
-        print(lines[-1], flush=True)
+        print(_line(found[-1].cells(engines)), flush=True)
     if options.out:
-        options.out.write_text("\n".join([*HEADER, _about(), "", *lines, "", _counts(found), ""]))
+        options.out.write_text(page(found, engines))
     wrong = [row.name for row in found if row.is_wrong]
     print("wrong engine chosen:", ", ".join(wrong) or "nowhere")
     print(_counts(found))
     sys.exit(bool(wrong))
+
+
+def page(found: Sequence[Examined], engines: Sequence[str]) -> str:
+    """The file: how many types get which engine, models that people know, then every type."""
+    counts = _counted(found)
+    chosen = {row.name: row.chosen for row in found}
+    known = [(names, f"`{kind}`", in_words(chosen[kind], ())) for names, kind in KNOWN.items() if kind in chosen]
+    parts = (
+        ["# Families", "", *HEADER, "", _about(), "", _counts(found)],
+        [_line(("engine", "types", "what it is")), _line(["---"] * 3)]
+        + [_line((name, str(count), ENGINE_WORDS[name])) for name, count in counts.most_common()],
+        ["## Models that people know", "", _line(("model", "type", "engine")), _line(["---"] * 3), *map(_line, known)],
+        ["## Every type", "", *LEGEND],
+        [*_heading(engines), *(_line(row.written(engines)) for row in found)],
+    )
+    return "\n\n".join("\n".join(part) for part in parts) + "\n"
+
+
+def in_words(reason: str, others: Iterable[str]) -> str:
+    """A reason as the table says it; engines' names, empty reasons and those without other words stay."""
+    if reason in ENGINES or not reason:
+        return reason
+    if "does not take such a pass" in reason:
+        reason = " ".join([*others, reason])
+    start = next((start for start in ("none: ", "cannot be built: ") if reason.startswith(start)), "")
+    return start + next((words for part, words in REASONS if part in reason), reason.removeprefix(start))
 
 
 def examine(name: str, engines: Sequence[str]) -> Examined:
@@ -195,8 +283,11 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _counts(found: Sequence[Examined]) -> str:
-    counted = Counter(row.chosen if row.chosen in ENGINES else "no engine" for row in found)
-    return ", ".join(f"{name} {count}" for name, count in counted.most_common())
+    return ", ".join(f"{name} {count}" for name, count in _counted(found).most_common())
+
+
+def _counted(found: Sequence[Examined]) -> Counter:
+    return Counter(row.chosen if row.chosen in ENGINES else "no engine" for row in found)
 
 
 if __name__ == "__main__":

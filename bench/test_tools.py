@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench import peers, run
+from bench import families, peers, run
 from bench.card import card, slug
 from bench.cases import CASES, STREAMS, Cell, Workload, build
 from bench.gate import DisagreementError, Plain, agree, spread_cells
@@ -144,3 +144,29 @@ def test_what_the_profiler_marks_is_computed_as_it_is_timed(workload):
     assert [event.key for event in recorded.key_averages()].count(HEAD) == 1
     assert not head._forward_hooks
     assert not head._forward_pre_hooks
+
+
+def test_the_table_of_families_has_counts_first_then_known_models_and_reasons_in_words():
+    raised = "the model's code does not take such a pass"
+    sparse = {"wavefront": f"{raised} (RuntimeError)", "fork": f"{raised} (no attribute 'update_indexer')"}
+    found = [
+        families.Examined("gpt2", "wavefront", {"wavefront": 1e-6}, {"fork": f"{raised} (KeyError: 3)"}),
+        families.Examined("axk2", "rows", {"rows": 1e-6}, sparse),
+        families.Examined("blt", "none: no list of 8 blocks in BltForCausalLM"),
+    ]
+    page = families.page(found, ("wavefront", "fork", "rows"))
+    order = ["wavefront 1, rows 1, no engine 1", "| GPT-2, DistilGPT-2 | `gpt2` | wavefront |", "| `axk2` | rows |"]
+    assert sorted(order, key=page.index) == order
+    assert page.count("sparse attention chooses its keys") == 2
+    assert page.count("its code expects whole prompts") == 1
+    assert "| `blt` | none: no list of blocks is found |" in page
+    assert "Error" not in page
+
+
+def test_reasons_of_engines_that_a_model_gets_stay():
+    assert families.in_words("rows", ()) == "rows"
+    assert families.in_words("cannot be built: needs timm", ()) == "cannot be built: needs timm"
+
+
+def test_every_model_that_people_know_is_a_type_of_the_table():
+    assert set(families.KNOWN.values()) <= {*families.zoo.ALL, *families.zoo.VARIANTS}

@@ -3,24 +3,20 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-import numpy as np
 import torch
 from torch import nn
 
-from fasttrace.checks import flag, function, items, memory_told, span_of, text, token_ids, whole_number
+from fasttrace.checks import function, memory_told
 from fasttrace.engines.memory import Budget, check_samples, tokens_allowed
-from fasttrace.engines.metrics import Metric
 from fasttrace.engines.passes import Progress
 from fasttrace.engines.self_check import EngineChoice, choose
 from fasttrace.engines.state import follow, state_of
-from fasttrace.errors import FasttraceError, ModelError, PlanError, PromptError
+from fasttrace.errors import FasttraceError, ModelError, PlanError
 from fasttrace.experiment.cells import windows_of
 from fasttrace.experiment.corruption import sigma_of
-from fasttrace.experiment.metrics import own_metrics
 from fasttrace.experiment.settings import ManyOptions, Settings, TraceOptions, engine_name, takes
 from fasttrace.facts.dataset import Fact, FactSet, check_answers, read_facts
 from fasttrace.fusing.cpu_linears import library_asked
@@ -28,7 +24,7 @@ from fasttrace.models.anatomy import Anatomy, anatomy_of, module_paths
 from fasttrace.models.arguments import check_model, check_modules, checked_label, checked_name, explain_call
 from fasttrace.models.identity import identity_of, shown_name
 from fasttrace.models.loading import load
-from fasttrace.prompts.prompt import Answer, Prompt, encode, subjects_of
+from fasttrace.prompts.prompt import Prompt, encode, subjects_of
 from fasttrace.prompts.tokenization import check_tokenizer
 from fasttrace.results.record import Record
 from fasttrace.results.result import TraceResult
@@ -198,9 +194,7 @@ class Tracer:
         prompt: str | Sequence[int],
         *,
         subject: str | tuple[int, int],
-        target: Answer | None = None,
-        foil: Answer | None = None,
-        metrics: Mapping[str, Metric] | None = None,
+        target: str | int | None = None,
         progress: Progress | None = None,
         **options: Unpack[TraceOptions],
     ) -> TraceResult:
@@ -211,12 +205,7 @@ class Tracer:
             subject: text that occurs once in the prompt as a whole word, or else once; or a half-open token span, as a
                 pair, a range or a slice.
             target: text of one token behind the prompt (a space is put before it where running text has one), a token
-                id, or None for the clean run's top token. Of a list of such any counts: probabilities are summed,
-                logits averaged.
-            foil: what the target is compared with, given as the target is: the result then has the metrics logit_diff
-                and prob_diff too.
-            metrics: further metrics of your own, name -> function of (logits, read) as `fasttrace.engines.metrics` has
-                them; those of `fasttrace.experiment.metrics.METRICS` are always there.
+                id, or None for the clean run's top token.
             streams: sites whose clean values are restored, one grid each; None: those of the figure that the model
                 has, see `streams`.
             window: blocks restored together, except in the residual stream (one block).
@@ -232,7 +221,7 @@ class Tracer:
 
         Raises:
             PromptError: prompt, subject or target cannot be used.
-            PlanError: streams, window, noise, samples, seed, budget or metrics cannot be used.
+            PlanError: streams, window, noise, samples, seed or budget cannot be used.
             ModelError: the model does not have a stream.
             EngineError: the engine is unknown or wrong for the model.
             NumericsError: inf or NaN, naming the block.
@@ -241,16 +230,16 @@ class Tracer:
         """
         settings = Settings(**options)
         function("progress", progress)
-        own = () if metrics is None else own_metrics(metrics)
         with memory_told("tracing"):
-            encoded = self.encode(prompt, subject, target, foil, first_target_token=settings.first_target_token)
-            return self._trace(settings, encoded, own, progress)
+            return self._trace(settings, prompt, subject, target, progress)
 
-    def _trace(self, settings: Settings, encoded: Prompt, metrics: Any, progress: Progress | None) -> TraceResult:
+    def _trace(
+        self, settings: Settings, prompt: Any, subject: Any, target: Any, progress: Progress | None
+    ) -> TraceResult:
         windows = self.windows(settings.streams, settings.window)
+        encoded = self.encode(prompt, subject, target, first_target_token=settings.first_target_token)
         check_samples(self._anatomy, settings.samples, windows, [encoded])
         study = self._study(settings, windows, [encoded.token_ids[slice(*encoded.span)]])
-        study = replace(study, metrics=metrics)
         ((scores, cost),) = study.scores([study.job(encoded)], progress=progress)
         return study.result(encoded, scores, cost)
 
@@ -351,27 +340,21 @@ class Tracer:
         return replace(study, about={**study.about, "target_rule": study.target_rule}), encoded, refused
 
     def _encode_fact(self, fact: Fact) -> Prompt:
-        encode = partial(self.encode, first_target_token=True, tell=False, subject_start=fact.subject_start)
-        notes = fact.notes
-        try:
-            prompt = encode(fact.prompt, fact.subject, fact.target, fact.foil)
-        except PromptError as error:
-            prompt = encode(fact.prompt, fact.subject, fact.target)  # raises again where it was not the foil
-            notes = (*notes, f"no logit_diff: {error}")
-        return replace(prompt, notes=(*notes, *prompt.notes)) if notes else prompt
+        where = {} if fact.subject_start is None else {"subject_start": fact.subject_start}
+        prompt = self.encode(fact.prompt, fact.subject, fact.target, first_target_token=True, tell=False, **where)
+        return replace(prompt, notes=(*fact.notes, *prompt.notes)) if fact.notes else prompt
 
     def encode(
         self,
         prompt: Any,
         subject: Any,
         target: Any = None,
-        foil: Any = None,
         *,
         subject_start: int | None = None,
         first_target_token: bool = False,
         tell: bool = True,
     ) -> Prompt:
-        """A prompt, its subject, its target and its foil as tokens of this model; see `trace` and `prompts.encode`.
+        """A prompt, its subject and its target as tokens of this model; see `trace` and `prompts.encode`.
 
         Raises:
             PromptError: one of them cannot be used; it shows the tokens.
@@ -379,15 +362,14 @@ class Tracer:
         anatomy = self._anatomy
         return encode(
             self.tokenizer,
-            _text("prompt", prompt) if isinstance(prompt, str) else token_ids("prompt", prompt),
-            _text("subject", subject) if isinstance(subject, str) else span_of("subject", subject),
-            _answer("target", target),
-            foil=_answer("foil", foil),
+            prompt,
+            subject,
+            target,
             vocabulary=anatomy.vocabulary,
             max_positions=anatomy.max_positions,
             subject_start=subject_start,
-            first_target_token=flag("first_target_token", first_target_token, error=PromptError),
-            tell=flag("tell", tell, error=PromptError),
+            first_target_token=first_target_token,
+            tell=tell,
         )
 
     def windows(self, streams: Sequence[str] | None, window: int) -> dict[str, int]:
@@ -420,28 +402,6 @@ class Tracer:
         about |= {"trust_remote_code": True} if self.trust_remote_code else {}
         budget = Budget(tokens_allowed(self._anatomy, settings.budget))
         return Study(self._anatomy, self.tokenizer, settings, windows, sigma, choice, self.fuse, budget, about)
-
-
-def _text(name: str, value: str) -> str:
-    """What prompt, subject and target may hold is judged where they are tokenized."""
-    return text(name, value, error=PromptError, empty=True)
-
-
-def _answer(name: str, given: Any) -> Answer | None:
-    if given is None:
-        return None
-    if isinstance(given, str):
-        return _text(name, given)
-    if np.ndim(given) or (isinstance(given, Iterable) and not hasattr(given, "__index__")):
-        found = items(name, given, "a token, as text or id, or a list of such", error=PromptError)
-        return [_token(f"{name}[{place}]", each) for place, each in enumerate(found)]
-    return _token(name, given)
-
-
-def _token(name: str, given: Any) -> str | int:
-    if isinstance(given, str):
-        return _text(name, given)
-    return whole_number(name, given, meaning="a token id; or give text", error=PromptError)
 
 
 def _check_sigma(noise: float | str, sigma: float, dtype: torch.dtype) -> None:

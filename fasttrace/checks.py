@@ -16,7 +16,7 @@ from pathlib import Path
 from reprlib import Repr
 from typing import Any
 
-from fasttrace.errors import EngineError, FasttraceError, PlanError, PromptError, StoreError
+from fasttrace.errors import EngineError, FasttraceError, PlanError, PromptError, StoreError, first_line
 
 __all__ = [
     "flag",
@@ -362,8 +362,7 @@ def memory_told(doing: str, advice: str = "lower samples or budget, or free memo
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise EngineError(f"out of memory while {doing} ({reason}): {advice}") from error
+        raise EngineError(f"out of memory while {doing} ({first_line(error)}): {advice}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

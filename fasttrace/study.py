@@ -19,7 +19,6 @@ from fasttrace.engines import ENGINES, Engine
 from fasttrace.engines.clean import clean_tops
 from fasttrace.engines.job import Job
 from fasttrace.engines.memory import Budget
-from fasttrace.engines.metrics import Metric
 from fasttrace.engines.passes import Progress
 from fasttrace.engines.readout import Scores
 from fasttrace.engines.self_check import EngineChoice, confirm, prompts_share_passes
@@ -97,7 +96,6 @@ class Study:
         budget: tokens of a pack.
         about: further metadata of results; its notes go before a prompt's own.
         sharing: all processes compute one prompt together; None: this one computes alone.
-        metrics: a user's own, name and function.
     """
 
     anatomy: Anatomy
@@ -110,7 +108,6 @@ class Study:
     budget: Budget
     about: Mapping[str, Any] = field(default_factory=dict)
     sharing: Sharing | None = None
-    metrics: tuple[tuple[str, Metric], ...] = ()
 
     # One prompt.
 
@@ -123,7 +120,7 @@ class Study:
         drawn = {"sigma": self.sigma, "samples": self.settings.samples, "seed": self.settings.seed}
         noise = draw(prompt.span, self.anatomy.d_model, neutral=self.anatomy.neutral_token, **drawn)
         ids = torch.tensor(prompt.token_ids, dtype=torch.long, device="cpu")
-        return Job(ids, noise, self._cells(len(ids)), prompt.targets, prompt.foil_ids, self.metrics)
+        return Job(ids, noise, self._cells(len(ids)), prompt.target_id)
 
     def _cells(self, n_positions: int) -> tuple[Cell, ...]:
         grids = (grid_cells(s, width, self.anatomy.n_layers, n_positions) for s, width in self.windows.items())
@@ -360,5 +357,4 @@ def encoded_facts(
 
 def with_target(each: Encoded, target_id: int) -> Encoded:
     """The same fact, with another token to score."""
-    foils = tuple(token for token in each.prompt.foil_ids if token != target_id)
-    return replace(each, prompt=replace(each.prompt, target_id=target_id, foil_ids=foils))
+    return replace(each, prompt=replace(each.prompt, target_id=target_id))

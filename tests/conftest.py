@@ -28,6 +28,16 @@ FAMILIES = ("gpt2", "llama")
 """Two that stand for all where engines are not what is tested; `test_families.py` has the others."""
 
 
+SLOW_FIXTURES = {"browser", "launcher"}
+"""Tests that drive a browser or start processes by themselves are slow, as are those marked so."""
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+
+
 @cache
 def tiny_anatomy(family: str, dtype: torch.dtype = torch.float32) -> Anatomy:
     """The parts of a shared tiny model; tests that change a model build their own."""

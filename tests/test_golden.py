@@ -14,6 +14,7 @@ def test_no_number_has_moved(part):
     assert set(found) == {name for name in RECORDED.files if name.startswith(f"{part.__name__} ")}
     for name, values in found.items():
         if values.dtype.kind == "U" or str(RECORDED["machine"]) == golden.machine():
-            assert np.array_equal(values, RECORDED[name]), name
+            moved = np.abs(values - RECORDED[name]).max() if values.dtype.kind == "f" else "a text"
+            assert np.array_equal(values, RECORDED[name]), f"{name}: moved by {moved}"
         else:
             np.testing.assert_allclose(values, RECORDED[name], rtol=0, atol=1e-6, err_msg=name)

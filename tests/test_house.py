@@ -81,3 +81,10 @@ def test_no_test_module_imports_another():
     assert not [
         str(path) for path, text in tests.items() if re.search(r"^\s*(from|import) tests\S*\.test_", text, re.M)
     ]
+
+
+def test_the_map_for_contributors_has_the_rooms_in_this_order():
+    page = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    names = [name.strip(" `").rstrip("/").removesuffix(".py") for row in rows for name in row.split(",")]
+    assert [name for name in names if name in ORDER] == list(ORDER[:-1])

@@ -4,7 +4,6 @@ A folder belongs to one run. Before anything is computed, and again before anyth
 lies there is compared with the one that is to be written.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,10 +50,13 @@ def check_folder(folder: Path, wanted: Mapping[str, Any], overwrite: bool = Fals
     ours = [name for name in (DATA_FILE, FIGURE_FILE, *CSV_FILES) if (folder / name).exists()]
     if not ours or overwrite:
         return
-    differences = _differences(wanted, _known_run(folder, ours))
-    if differences:
+    from fasttrace.runs.manifest import differences
+
+    known = _known_run(folder, ours)
+    found = differences({name: known.get(name) for name in wanted}, wanted)
+    if found:
         raise StoreError(
-            f"{folder} holds another run ({'; '.join(differences)}): give another folder with --out, or "
+            f"{folder} holds another run ({'; '.join(found)}): give another folder with --out, or "
             "--overwrite to replace that run"
         )
 
@@ -104,7 +106,7 @@ def _known_run(folder: Path, names: Sequence[str]) -> dict[str, Any]:
         result = load(folder / DATA_FILE)
     except StoreError as error:
         raise StoreError(
-            f"{folder} holds {', '.join(names)} of a run that cannot be told ({error}): give another folder "
+            f"{folder} holds {', '.join(names)} of an unreadable earlier run ({error}): give another folder "
             "with --out, or --overwrite to replace them"
         ) from error
     if "identity" not in result.metadata:
@@ -114,15 +116,3 @@ def _known_run(folder: Path, names: Sequence[str]) -> dict[str, Any]:
         )
     asked = {name: result.metadata.get(name) for name in ("subject", "noise")}
     return identity(result) | asked | {"window": max(result.windows.values())}
-
-
-def _differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    keys = [key for key in wanted if not _same(found.get(key), wanted[key])]
-    return [f"{key} {found.get(key)!r} there, {wanted[key]!r} here" for key in keys]
-
-
-def _same(left: Any, right: Any) -> bool:
-    # A measured sigma may differ in its last bits between versions of torch.
-    if isinstance(left, float) and isinstance(right, float):
-        return math.isclose(left, right, rel_tol=1e-6) or (math.isnan(left) and math.isnan(right))
-    return left == right

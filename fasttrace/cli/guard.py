@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from fasttrace.checks import is_out_of_memory
-from fasttrace.errors import FasttraceError, StoreError
+from fasttrace.errors import FasttraceError, StoreError, first_line
 
 __all__ = ["Guarded", "is_utf8", "say", "tell"]
 
@@ -105,8 +105,7 @@ def _message_of(error: Exception) -> str | None:
         path = usage.ctx.command_path if usage.ctx else "fasttrace"
         return f"{' '.join(usage.format_message().split())} (see {path} --help)"
     if is_out_of_memory(error):
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return f"out of memory ({reason}): lower --samples or --budget, or free memory"
+        return f"out of memory ({first_line(error)}): lower --samples or --budget, or free memory"
     return None
 
 

@@ -7,6 +7,7 @@ of its rows to what came before them. Everything outside attention stays packed.
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from fasttrace.engines.attention_ragged import PackState, after_prefix, packed_pass
+from fasttrace.engines.blocks import put
 from fasttrace.errors import EngineError
 from fasttrace.models.anatomy import Anatomy
 from fasttrace.models.axes import Path
 from fasttrace.models.hooks import first_of, hidden_argument, replaced_forward, with_first
-from fasttrace.planning.on_device import GroupOnDevice
+from fasttrace.planning.on_device import Edits, GroupOnDevice, Writes
 
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 
@@ -68,20 +70,28 @@ class Fork:
             outputs.append(first_of(form).flatten(0, 1))
         return with_first(form, torch.cat(outputs).unsqueeze(0))
 
-    def restore(self, hidden: Tensor, edits: tuple[Tensor, Tensor]) -> Tensor:
+    def restore(self, hidden: Tensor, writes: Writes) -> Tensor:
         """Hook on a module inside the attention module, which sees one group after the other, base rows first.
 
         Args:
             hidden: [row, position, d_model] of the group.
-            edits: tokens of the pack to write, base tokens to read.
+            writes: base runs' values and vectors, counted in tokens of the pack.
         """
         tokens = hidden.flatten(0, -2).clone()
         if self.group.start == 0:
             self.base_output = hidden.flatten(0, -2)
-        to, taken_from = (index.to(hidden.device) for index in edits)
-        mine = (to >= self.group.start) & (to < self.group.start + len(tokens))
-        tokens.index_copy_(0, to[mine] - self.group.start, self.base_output.index_select(0, taken_from[mine]))
+        if writes.tokens is not None:
+            to, taken_from = self._mine(writes.tokens, tokens)
+            tokens.index_copy_(0, to, self.base_output.index_select(0, taken_from))
+        if writes.vectors is not None:
+            put(tokens, 0, replace(writes, vectors=self._mine(writes.vectors, tokens)))
         return tokens.unflatten(0, hidden.shape[:-1])
+
+    def _mine(self, edits: Edits, tokens: Tensor) -> Edits:
+        """Those of the group, counted in its tokens."""
+        to, taken_from = (index.to(tokens.device) for index in edits)
+        mine = (to >= self.group.start) & (to < self.group.start + len(tokens))
+        return to[mine] - self.group.start, taken_from[mine]
 
     def _rows(self, value: Any, path: Path) -> Any:
         if isinstance(value, Tensor):

@@ -17,26 +17,54 @@ from fasttrace.engines.readout import (
     scores_of_plan,
     scores_of_rows,
 )
+from fasttrace.errors import PlanError
 from fasttrace.models.anatomy import Anatomy
 from fasttrace.models.axes import Path
 from fasttrace.models.hooks import first_of, hidden_argument, with_first, with_hidden_argument
-from fasttrace.planning.on_device import Edits, PassTables, on_device, picked
+from fasttrace.planning.on_device import PassTables, Writes, on_device, picked
 from fasttrace.planning.packs import Pack
 
 
-def restore(hidden: Tensor, edits: Edits | None) -> Tensor | None:
-    """Overwrites tokens of a module's own fresh output with those of the base runs in the same pack, in place.
+def restore(hidden: Tensor, writes: Writes | None) -> Tensor | None:
+    """Overwrites tokens of a module's own fresh output, in place.
 
     Args:
         hidden: [row, position, d_model], or [token, d_model].
-        edits: tokens to write, tokens to read; None: nothing to do.
+        writes: base runs' values in the same pack, and vectors; None: nothing to do.
     """
-    if edits is None:
+    if writes is None:
         return None
-    to, taken_from = edits
     tokens = hidden.flatten(0, -2)
-    tokens.index_copy_(0, to.to(hidden.device, non_blocking=True), picked(tokens, 0, taken_from))
-    return tokens.unflatten(0, hidden.shape[:-1])
+    if writes.tokens is not None:
+        to, taken_from = writes.tokens
+        tokens.index_copy_(0, to.to(hidden.device, non_blocking=True), picked(tokens, 0, taken_from))
+    return put(tokens, 0, writes).unflatten(0, hidden.shape[:-1])
+
+
+def put(tokens: Tensor, axis: int, writes: Writes | None, of: Tensor | None = None) -> Tensor:
+    """Overwrites tokens with vectors, in place.
+
+    Args:
+        tokens: with an axis of tokens, and units last.
+        axis: that axis.
+        writes: the vectors; None, or without vectors: nothing to do.
+        of: [token] where a token of the pack stands here; None: where it stands in the pack.
+
+    Raises:
+        PlanError: vectors of another width.
+    """
+    if writes is None or writes.vectors is None:
+        return tokens
+    to, number = (index.to(tokens.device, non_blocking=True) for index in writes.vectors)
+    values = picked(writes.bank.to(tokens.device, tokens.dtype), 0, number)
+    if values.shape[-1] not in (1, tokens.shape[-1]):
+        raise PlanError(
+            f"a vector has {values.shape[-1]} numbers where the model has {tokens.shape[-1]} units: take it from this "
+            "site of this model"
+        )
+    view = tokens.movedim(axis, 0)
+    view[to if of is None else picked(of, 0, to)] = values.view(len(values), *[1] * (view.dim() - 2), values.shape[-1])
+    return tokens
 
 
 def grown(
@@ -101,7 +129,7 @@ class LastBlock:
         """The last block's output for the base rows alone, [1 + sample, position, d_model]."""
         self.form = output if not isinstance(output, Tensor) else None
         tokens = first_of(output).flatten(self.axis, self.axis + 1)
-        self.states = picked(tokens, self.axis, self.tables.last_tokens)
+        self.states = put(picked(tokens, self.axis, self.tables.read_tokens), self.axis, self.tables.read_writes)
         base = picked(tokens, self.axis, self.tables.handed_on)
         return self.as_output(base.unflatten(self.axis, (self.pack.n_base, self.pack.width)))
 

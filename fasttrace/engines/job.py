@@ -32,6 +32,7 @@ class Job:
         target: token id to score, or several; None: the clean run's top token.
         foil: token ids that the target is compared with; none: metrics that need them are left out.
         metrics: a user's own metrics, name and function; see `engines.metrics`.
+        hidden_is_all: see `Shape`; where it is known to be so, cells that take whole states cost nothing.
     """
 
     token_ids: Tensor
@@ -40,6 +41,7 @@ class Job:
     target: int | tuple[int, ...] | None
     foil: tuple[int, ...] = ()
     metrics: tuple[tuple[str, Metric], ...] = ()
+    hidden_is_all: bool = False
 
     @property
     def targets(self) -> tuple[int, ...]:
@@ -62,7 +64,7 @@ class Job:
         n_positions, span = len(self.token_ids), self.runs.span
         if self.runs.neutral is not None:
             span = span[0], n_positions
-        return Shape(n_layers, n_positions, span, len(self.runs))
+        return Shape(n_layers, n_positions, span, len(self.runs), hidden_is_all=self.hidden_is_all)
 
     def plan(self, n_layers: int, layout: Layout) -> Plan:
         """The compiled cells, from the cache after the first call."""

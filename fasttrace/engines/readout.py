@@ -104,6 +104,8 @@ class Scores:
     def with_mean(self) -> "Scores":
         """The same with but two distributions, the clean one and the mean of the corrupted ones."""
         clean, corrupted = self.distributions[:1], self.distributions[1:]
+        if not len(corrupted):
+            return self
         return replace(self, distributions=torch.cat((clean, corrupted.mean(0, keepdim=True))))
 
     def with_top(self) -> "Scores":
@@ -114,7 +116,7 @@ class Scores:
 def _top(distributions: Tensor) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     probs, ids = (each.cpu().numpy() for each in distributions.topk(min(TOP_TOKENS, distributions.shape[1])))
     order = [np.lexsort((row_ids, -row)) for row_ids, row in zip(ids, probs, strict=True)]
-    runs = zip(("clean", "corrupted"), ids, probs, order, strict=True)
+    runs = zip(("clean", "corrupted"), ids, probs, order, strict=False)
     return {run: (row_ids[best], row[best]) for run, row_ids, row, best in runs}
 
 
@@ -178,7 +180,9 @@ def scores_of_plan(
     """
     rows, base = rows.astype(np.float64), base.astype(np.float64)
     clean = np.broadcast_to(base[:, :1, None], (*rows.shape[:2], 1))
-    table = np.concatenate((rows, clean, base[:, 1:, None]), axis=-1)
+    # Where there is no corrupted run, no cell is in one.
+    corrupted = base[:, 1:, None] if base.shape[1] > 1 else np.full_like(clean, np.nan)
+    table = np.concatenate((rows, clean, corrupted), axis=-1)
     cells = table[:, :, cell_row].swapaxes(1, 2)
     kept = [number for number, name in enumerate(answers.names) if answers.foils or name not in FOIL_METRICS]
     names = tuple(answers.names[number] for number in kept)

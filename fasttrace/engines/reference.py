@@ -14,13 +14,13 @@ from fasttrace.engines.job import Job, Tick, answer_tables
 from fasttrace.engines.metrics import Answers, distributions, scored
 from fasttrace.engines.readout import Scores
 from fasttrace.errors import EngineError
-from fasttrace.experiment.cells import Cell, Edit
+from fasttrace.experiment.cells import CLEAN, Cell, Edit, Vector, background_of
 from fasttrace.experiment.sites import SITE
 from fasttrace.models.anatomy import Anatomy
 from fasttrace.models.hooks import forward_pass, hidden_hook, output_hook
 
-Run = tuple[Cell, int | None]
-"""A row of a plain pass: its edits, and its noise sample (None: clean)."""
+Run = tuple[Cell, int, int]
+"""A row of a plain pass: its edits, the run in which they are made, and the corrupted run that they may take from."""
 
 Values = dict[tuple[str, int], Tensor]
 """(site, layer) -> [row, position, ...]."""
@@ -38,8 +38,12 @@ def run(anatomy: Anatomy, job: Job, tick: Tick, rows: int = 1) -> Scores:
     Raises:
         EngineError: a block that the model leaves out.
     """
-    base: list[Run] = [((), None), *(((), sample) for sample in range(job.samples))]
-    restored: list[Run] = [(cell, sample) for cell in job.cells for sample in range(job.samples)]
+    base: list[Run] = [((), number, number) for number in range(1 + len(job.runs))]
+    restored: list[Run] = [
+        (cell, _number_of(background_of(cell), 1 + sample), 1 + sample)
+        for cell in job.cells
+        for sample in range(job.samples)
+    ]
     sites = {(edit.site, edit.layer) for cell in job.cells for edit in cell}
     values: dict[tuple[str, int], list[Tensor]] = {place: [] for place in sites}
     with forward_pass(anatomy.model):
@@ -72,6 +76,11 @@ def _scored(logits: Tensor, answers: Answers) -> Tensor:
     return scored(logits, answers, rows.numpy(), rows.to(logits.device)).cpu()
 
 
+def _number_of(run: str, corrupted: int) -> int:
+    """The number of a run that a cell names."""
+    return 0 if run == CLEAN else corrupted
+
+
 def _parts(runs: Sequence[Run], size: int) -> list[Sequence[Run]]:
     return [runs[begin : begin + size] for begin in range(0, len(runs), size)]
 
@@ -87,13 +96,12 @@ def _pass(
         stack.enter_context(output_hook(anatomy.embedding, partial(_corrupted, job, runs, prompt)))
         for place in wanted:
             _at(stack, anatomy, len(runs), *place, lambda x, place=place: recorded.__setitem__(place, x.clone()))
-        for row, (cell, sample) in enumerate(runs):
+        for row, (cell, _, corrupted) in enumerate(runs):
             for edit in cell:
-                base_row = 0 if edit.source == "clean" else 1 + (sample or 0)
-                value = known[edit.site, edit.layer][base_row, edit.position]
+                value = _value_of(edit, known[edit.site, edit.layer], corrupted)
                 _at(stack, anatomy, len(runs), edit.site, edit.layer, partial(_overwritten, row, edit, value))
-        seen = job.runs.seen(job.token_ids)
-        ids = torch.stack([job.token_ids if sample is None else seen[sample] for _, sample in runs]).to(anatomy.device)
+        seen = torch.cat((job.token_ids[None], job.runs.seen(job.token_ids)))
+        ids = seen[[number for _, number, _ in runs]].to(anatomy.device)
         logits = anatomy.model(input_ids=ids, use_cache=False).logits
     return recorded, logits[:, -1]
 
@@ -104,12 +112,20 @@ def _corrupted(job: Job, runs: Sequence[Run], prompt: Tensor | None, embeddings:
         return embeddings
     begin, end = job.runs.span
     embeddings = embeddings.clone()
-    for row, (_, sample) in enumerate(runs):
-        if sample is not None:
+    for row, (_, number, _) in enumerate(runs):
+        if number > 0:
             subject = (embeddings[row] if prompt is None else prompt)[begin:end].double()
-            noise = job.runs.noise[sample].to(embeddings.device)
+            noise = job.runs.noise[number - 1].to(embeddings.device)
             embeddings[row, begin:end] = (noise if job.runs.replaces else subject + noise).to(embeddings.dtype)
     return embeddings
+
+
+def _value_of(edit: Edit, known: Tensor, corrupted: int) -> Tensor:
+    """What an edit writes; `known` has the site's values in the base runs, [run, position, ...]."""
+    if not isinstance(edit.source, Vector):
+        return known[_number_of(edit.source, corrupted), edit.position]
+    own = known[0, edit.position]
+    return torch.zeros_like(own) if edit.source.values is None else edit.source.values.to(own).expand_as(own)
 
 
 def _overwritten(row: int, edit: Edit, value: Tensor, hidden: Tensor) -> Tensor:

@@ -10,13 +10,14 @@ from functools import partial
 
 from torch import Tensor
 
-from fasttrace.engines.blocks import LastBlock, base_logits, grown, restore
+from fasttrace.engines.blocks import LastBlock, base_logits, grown, put, restore
 from fasttrace.engines.job import Job, Tick, base_ids, corrupted, pack_of_jobs
 from fasttrace.engines.readout import Scores
+from fasttrace.experiment.sites import SITE
 from fasttrace.models.anatomy import Anatomy
 from fasttrace.models.axes import Path
-from fasttrace.models.hooks import forward_pass, input_hook, output_hook, raw_output_hook
-from fasttrace.planning.on_device import BlockTables, picked, tables_of
+from fasttrace.models.hooks import forward_pass, hidden_hook, input_hook, output_hook, raw_output_hook
+from fasttrace.planning.on_device import BlockTables, Writes, picked, tables_of
 from fasttrace.planning.plan import Layout
 
 LAYOUT: Layout = "full"
@@ -55,21 +56,24 @@ class _Step:
     def hook(self, stack: ExitStack) -> None:
         """Puts the hooks on the block and its parts, until the stack is closed."""
         stack.enter_context(input_hook(self.anatomy.blocks[self.number], self.enter))
-        for site, edits in (("attention_output", self.tables.attention), ("mlp_output", self.tables.mlp)):
-            if edits is not None:
+        for site, writes in self.tables.writes.items():
+            if site != "block_input":
                 module = self.anatomy.modules_at(site)[self.number]
-                stack.enter_context(output_hook(module, lambda hidden, edits=edits: restore(hidden, edits)))
+                is_input = SITE[site].side == "input"
+                rewrite = partial(_overwritten_copy if is_input else restore, writes=writes)
+                stack.enter_context((hidden_hook if is_input else output_hook)(module, rewrite))
 
     def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Hook on the block: grows its arguments."""
         return grown(args, kwargs, self._grow_hidden, self._grow_other, self._grow_shared)
 
     def _grow_hidden(self, hidden: Tensor) -> Tensor:
-        if self.tables.source is None:
+        axis, writes = self.anatomy.row_axis, self.tables.writes.get("block_input")
+        if self.tables.source is None and writes is None:
             return hidden
-        axis = self.anatomy.row_axis
-        tokens = picked(hidden.flatten(axis, axis + 1), axis, self.tables.source)
-        return tokens.unflatten(axis, (-1, self.n_positions))
+        tokens = hidden.flatten(axis, axis + 1)
+        tokens = tokens.clone() if self.tables.source is None else picked(tokens, axis, self.tables.source)
+        return put(tokens, axis, writes).unflatten(axis, (-1, self.n_positions))
 
     def _grow_other(self, path: Path, tensor: Tensor) -> Tensor:
         """[base row, ...] -> [row, ...]; what has no row axis is shared by all rows."""
@@ -87,3 +91,7 @@ class _Step:
 
     def _base_rows(self) -> Tensor:
         return self.tables.origin[:: self.n_positions] // self.n_positions
+
+
+def _overwritten_copy(hidden: Tensor, writes: Writes) -> Tensor | None:
+    return restore(hidden.clone(), writes)

@@ -23,7 +23,7 @@ from fasttrace.engines.in_float32 import can_be_widened, difference_in_float32
 from fasttrace.engines.job import Job
 from fasttrace.engines.readout import Scores
 from fasttrace.engines.state import State, refuse_autocast, state_of
-from fasttrace.errors import EngineError
+from fasttrace.errors import EngineError, first_line, kind_and_line
 from fasttrace.experiment.cells import Cell, Edit, window_of
 from fasttrace.experiment.corruption import draw, sigma_of
 from fasttrace.fusing.choose import cpu_matmul, failed_kernels, fused_attention, kernel_compiler
@@ -228,7 +228,7 @@ def _plain_passes(anatomy: Anatomy, job: Job, rows: int | None = None) -> Scores
         if not is_out_of_memory(raised):
             raise EngineError(
                 f"plain forward passes of {type(anatomy.model).__name__} with hooks on its blocks fail "
-                f"({type(raised).__name__}: {_first_line(raised)}); look at Tracer(modules=...), or trace another model"
+                f"({kind_and_line(raised)}); look at Tracer(modules=...), or trace another model"
             ) from raised
         if rows == 1:
             raise _no_room(anatomy) from raised
@@ -345,7 +345,7 @@ def _compare(anatomy: Anatomy, checks: _Checks, name: str, fuse: bool) -> tuple[
     except Exception as raised:  # a model, or an engine that it is not made for, may raise anything
         if is_out_of_memory(raised):
             raise _no_room(anatomy) from raised
-        return f"does not run ({type(raised).__name__}: {_first_line(raised)})", None
+        return f"does not run ({kind_and_line(raised)})", None
     if error <= tolerance:
         return _problem_in_float32(anatomy, checks, name, fuse), error
     return f"differs from plain forward passes by {error:.1e} in log-probability (allowed {tolerance:.0e})", error
@@ -363,7 +363,7 @@ def _problem_in_float32(anatomy: Anatomy, checks: _Checks, name: str, fuse: bool
                 lambda: _plain_passes(anatomy, checks.job, checks.rows),
             )
     except Exception as raised:  # what rounds unseen, or memory that does not hold float32
-        logger.info("engine %s was not checked in float32 (%s)", name, _first_line(raised))
+        logger.info("engine %s was not checked in float32 (%s)", name, first_line(raised))
         return None
     tolerance = TOLERANCE[torch.float32]
     if error <= tolerance:
@@ -388,7 +388,7 @@ def _compare_shared(anatomy: Anatomy, checks: _Checks, engine: Engine, fuse: boo
     except Exception as raised:  # a model, or an engine that it is not made for, may raise anything
         if is_out_of_memory(raised):
             raise _no_room(anatomy) from raised
-        return f"does not run ({type(raised).__name__}: {_first_line(raised)})"
+        return f"does not run ({kind_and_line(raised)})"
     error, tolerance = max(zip(errors, allowed, strict=True), key=lambda pair: pair[0] / pair[1])
     if error <= tolerance:
         return None
@@ -438,10 +438,6 @@ def _check_cells(anatomy: Anatomy, n_positions: int, span: tuple[int, int]) -> I
             blocks = window_of(layer, 1 if stream == "block_output" else 3, n_layers)
             yield tuple(Edit(stream, block, position) for block in blocks)
         yield (Edit(stream, n_layers - 1, max(0, n_positions - 2)),)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or "no message").splitlines()[0]
 
 
 def _no_tick() -> None:

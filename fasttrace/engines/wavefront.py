@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from fasttrace.engines.attention_forked import Fork, forked_attention
 from fasttrace.engines.attention_ragged import PackState, ragged_attention
-from fasttrace.engines.blocks import LastBlock, base_logits, grown, restore
+from fasttrace.engines.blocks import LastBlock, base_logits, grown, put, restore
 from fasttrace.engines.job import Job, Tick, base_ids, corrupted, pack_of_jobs
 from fasttrace.engines.readout import Scores
 from fasttrace.errors import EngineError
 from fasttrace.fusing.choose import attention_kernel
 from fasttrace.models.anatomy import Anatomy
 from fasttrace.models.axes import Axes, Path
-from fasttrace.models.hooks import forward_pass, input_hook, output_hook, raw_output_hook
-from fasttrace.planning.on_device import BlockTables, Edits, PassTables, picked, sent, tables_of
+from fasttrace.models.hooks import forward_pass, hidden_hook, input_hook, output_hook, raw_output_hook
+from fasttrace.planning.on_device import BlockTables, PassTables, Writes, picked, sent, tables_of
 from fasttrace.planning.packs import Pack
 from fasttrace.planning.plan import Layout
 
@@ -126,15 +126,23 @@ class _Step:
     def hook(self, stack: ExitStack, fork: Fork | None) -> None:
         """Puts the hooks on the block and its parts, until the stack is closed."""
         stack.enter_context(input_hook(self.anatomy.blocks[self.number], self.enter))
-        edits = self.tables.attention
-        if edits is not None:
+        writes = self.tables.writes
+        if "attention_output" in writes:
             attention = self.anatomy.modules_at("attention_output")[self.number]
             is_whole = attention is self.anatomy.parts.mixers[self.number]
             rewrite = restore if fork is None or is_whole else fork.restore
-            stack.enter_context(output_hook(attention, partial(rewrite, edits=edits)))
+            stack.enter_context(output_hook(attention, partial(rewrite, writes=writes["attention_output"])))
         mlp = self.anatomy.parts.mlp[self.number]
         if self.tables.mlp_computed is not None and mlp is not None:
-            _MLP(*self.tables.mlp_computed, self.tables.mlp).hook(stack, mlp)
+            mlp_writes = _MLP(*self.tables.mlp_computed, writes.get("mlp_output"))
+            mlp_writes.hook(stack, mlp)
+            spread = mlp_writes.spread_if_skipping
+        else:
+            spread = _nowhere
+        if "mlp_activation" in writes:
+            down = self.anatomy.modules_at("mlp_activation")[self.number]
+            rewrite = partial(_activation_put, writes["mlp_activation"], spread)
+            stack.enter_context(hidden_hook(down, rewrite))
 
     def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Hook on the block: grows its arguments, and says which rectangles its attention will see."""
@@ -144,11 +152,13 @@ class _Step:
         return grown(args, kwargs, self._grow_hidden, self._grow_other, self._grow_shared)
 
     def _grow_hidden(self, hidden: Tensor) -> Tensor:
-        axis = self.anatomy.row_axis
+        axis, writes = self.anatomy.row_axis, self.tables.writes.get("block_input")
         tokens = hidden.flatten(axis, axis + 1)
         if self.tables.source is not None:
             tokens = picked(tokens, axis, self.tables.source)
-        return tokens.unsqueeze(axis)
+        elif writes is not None:
+            tokens = tokens.clone()
+        return put(tokens, axis, writes).unsqueeze(axis)
 
     def _grow_other(self, path: Path, tensor: Tensor) -> Tensor:
         """[..., base row or 1, position, ...] -> [..., 1, token, ...]; masks and what has no tokens stay."""
@@ -184,8 +194,8 @@ class _MLP:
     An MLP that takes more tensors than its hidden state is computed whole, and edited afterwards.
     """
 
-    def __init__(self, keep: Tensor, spread: Tensor, edits: Edits | None):
-        self.keep, self.spread, self.edits = keep, spread, edits
+    def __init__(self, keep: Tensor, spread: Tensor, writes: Writes | None):
+        self.keep, self.spread, self.writes = keep, spread, writes
         self.skips = False
 
     def hook(self, stack: ExitStack, mlp: nn.Module) -> None:
@@ -201,7 +211,25 @@ class _MLP:
 
     def leave(self, hidden: Tensor) -> Tensor | None:
         """Puts the computed tokens where they belong, restored ones included."""
-        return _tokens_picked(hidden, self.spread) if self.skips else restore(hidden, self.edits)
+        if not self.skips:
+            return restore(hidden, self.writes)
+        tokens = _tokens_picked(hidden, self.spread)
+        return put(tokens, tokens.dim() - 2, self.writes)
+
+    def spread_if_skipping(self) -> Tensor | None:
+        """[token] where each token stands among those that the MLP computes; None: where it stands in the pack."""
+        return self.spread if self.skips else None
+
+
+def _nowhere() -> None:
+    """Where no token is left out of the MLP, each stands where it stands in the pack."""
+
+
+def _activation_put(writes: Writes, spread: Callable[[], Tensor | None], hidden: Tensor) -> Tensor:
+    """Hook on a down projection: its input with vectors put in."""
+    tokens = hidden.clone()
+    put(tokens.view(-1, tokens.shape[-1]), 0, writes, spread())
+    return tokens
 
 
 def _tokens_picked(hidden: Tensor, index: Tensor) -> Tensor:

@@ -1,18 +1,24 @@
 """Cells: what a sweep asks for, one set of edits per square of a grid.
 
-A cell says which values of the corrupted run are overwritten, and with what. It knows nothing of models or
-tensors; the planner compiles cells, the reference engine reads them as they are.
+A cell says which values of a run are overwritten, and with what. It knows nothing of models; the planner compiles
+cells, the reference engine reads them as they are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fasttrace.checks import items, shown, whole_number
 from fasttrace.errors import PlanError
 from fasttrace.experiment.sites import SITE, SITES
 
-SOURCES: tuple[str, ...] = ("clean", "corrupted")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CLEAN, CORRUPTED = RUNS = ("clean", "corrupted")
+"""Runs that values are taken from, and that cells are made in: run 0, and the corrupted run of the same number."""
+
 STREAMS: tuple[str, ...] = ("block_output", "mlp_activation", "attention_output")
 """The three streams of the paper's figure, in its order."""
 
@@ -20,23 +26,64 @@ MOST_BLOCKS = 2**31 - 1
 """Widest window; one wider than the model is clipped to it."""
 
 
+@dataclass(frozen=True, eq=False)
+class Vector:
+    """A value that is given, such as a mean over other prompts; equal to itself alone: make it once and use it often.
+
+    Attributes:
+        values: [width of the site] numbers, converted to the model's dtype; None: zeros.
+    """
+
+    values: "Tensor | None" = None
+
+
+ZERO = Vector()
+"""Zeros, as wide as any site."""
+
+
 class Edit(NamedTuple):
-    """One write in a restored run: the value at (site, layer, position) is replaced by the source run's.
+    """One write in a restored run: the value at (site, layer, position) is replaced by the source's.
 
     Attributes:
         site: a component, by pyvene's names; `mlp_activation` is the input of the MLP's down projection.
         layer: block index, from 0.
         position: token index, from 0.
-        source: "clean", or "corrupted" (the same noise sample, nothing restored).
+        source: "clean" (run 0), "corrupted" (the corrupted run of the same number, nothing restored), or a vector.
     """
 
     site: str
     layer: int
     position: int
-    source: str = "clean"
+    source: str | Vector = CLEAN
 
 
-Cell = tuple[Edit, ...]
+@dataclass(frozen=True)
+class EditsIn:
+    """A cell with a background of its own.
+
+    Attributes:
+        background: the run in which the edits are made: "corrupted" to ask what is sufficient (denoising), "clean"
+            to ask what is necessary (noising, ablation).
+        edits: what is overwritten.
+    """
+
+    background: str
+    edits: tuple[Edit, ...]
+
+    def __iter__(self) -> Iterator[Edit]:
+        return iter(self.edits)
+
+    def __len__(self) -> int:
+        return len(self.edits)
+
+
+Cell = tuple[Edit, ...] | EditsIn
+"""The edits of one restored run; a plain tuple is made in the corrupted run."""
+
+
+def background_of(cell: Cell) -> str:
+    """The run in which a cell's edits are made."""
+    return cell.background if isinstance(cell, EditsIn) else CORRUPTED
 
 
 def window_of(layer: int, width: int, n_layers: int) -> range:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fasttrace.errors import StoreError
+from fasttrace.errors import StoreError, first_line
 from fasttrace.facts.columns import NESTED, is_read, normal
 
 __all__ = ["Row", "Rows", "check_columns", "read_rows", "rows_of_json", "rows_of_table"]
@@ -101,9 +102,7 @@ def rows_of_json(text: str, name: str) -> Rows:
         StoreError: not JSON, or not a list.
     """
     try:
-        rows = list(_entries(text, name))
-    except StoreError:
-        raise
+        values = json.loads(text)
     except json.JSONDecodeError as error:
         raise StoreError(
             f"{name} is not JSON (line {error.lineno}, column {error.colno}: {error.msg}): correct it there, "
@@ -111,45 +110,23 @@ def rows_of_json(text: str, name: str) -> Rows:
         ) from None
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{name} is no JSON that can be read ({error}): expected a list of facts") from None
-    if len(rows) > 1 and rows[-1].line == rows[0].line:
-        return Rows(name, "entry", [Row(number, row.values) for number, row in enumerate(rows, start=1)])
-    return Rows(name, "line", rows)
+    if not isinstance(values, list):
+        raise StoreError(f"{name} holds one JSON {type(values).__name__}: expected a list of facts, [{{...}}, {{...}}]")
+    lines = _lines_of(text, len(values))
+    if len(lines) > 1 and lines[0] == lines[-1]:
+        return Rows(name, "entry", _numbered(values))
+    return Rows(name, "line", [Row(line, value) for line, value in zip(lines, values, strict=True)])
 
 
-def _entries(text: str, name: str) -> Iterator[Row]:
-    """The entries of a JSON list, decoded one by one, because a whole list does not tell where they stood."""
-    at, line, counted = _skip_space(text, 0), 1, 0
-    if text[at : at + 1] != "[":
-        _refuse_other_json(text, name)
-    at = _skip_space(text, at + 1)
-    more = text[at : at + 1] != "]"
-    while more:
-        line, counted = line + text.count("\n", counted, at), at
-        values, end = _DECODER.raw_decode(text, at)
-        yield Row(line, values)
-        at = _skip_space(text, end)
-        more = text[at : at + 1] == ","
-        at = _skip_space(text, at + 1) if more else at
-    _check_end(text, at)
-
-
-def _check_end(text: str, at: int) -> None:
-    if text[at : at + 1] != "]":
-        raise json.JSONDecodeError("Expecting ',' or ']' behind an entry", text, at)
-    rest = _skip_space(text, at + 1)
-    if rest < len(text):
-        raise json.JSONDecodeError("Extra data behind the list", text, rest)
-
-
-def _skip_space(text: str, at: int) -> int:
-    while at < len(text) and text[at] in " \t\r\n":
-        at += 1
-    return at
-
-
-def _refuse_other_json(text: str, name: str) -> None:
-    found = type(json.loads(text)).__name__  # raises what is wrong, if it is no JSON at all
-    raise StoreError(f"{name} holds one JSON {found}: expected a list of facts, [{{...}}, {{...}}]")
+def _lines_of(text: str, count: int) -> list[int]:
+    """The lines on which the entries of a JSON list begin; `json.loads` does not tell."""
+    lines, line, counted, end, decoder = [], 1, 0, text.index("[") + 1, json.JSONDecoder()
+    for _ in range(count):
+        begin = _BETWEEN_ENTRIES.match(text, end).end()  # type: ignore[union-attr]
+        line, counted = line + text.count("\n", counted, begin), begin
+        lines.append(line)
+        _, end = decoder.raw_decode(text, begin)
+    return lines
 
 
 def _json_lines_file(path: Path) -> Rows:
@@ -208,8 +185,7 @@ def _parquet_file(path: Path) -> Rows:
         table = pq.ParquetFile(path).read(columns=[name for name in names if is_read(name)])
         values = table.to_pylist()
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise StoreError(f"{path} is no parquet file that can be read ({reason}): write it again") from error
+        raise StoreError(f"{path} is no parquet file that can be read ({first_line(error)}): write it again") from error
     return Rows(str(path), "row", _numbered(values))
 
 
@@ -261,5 +237,5 @@ def _text(content: bytes, path: Path) -> str:
         ) from error
 
 
-_DECODER = json.JSONDecoder()
+_BETWEEN_ENTRIES = re.compile(r"[\s,]*")
 _READERS = {".json": _json_file, ".jsonl": _json_lines_file, ".csv": _csv_file, ".parquet": _parquet_file}

@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 import pyarrow as pa
 from pyarrow import fs
 
-from fasttrace.errors import StoreError
+from fasttrace.errors import StoreError, first_line
 
 __all__ = ["copied", "is_address"]
 
@@ -40,8 +40,8 @@ def copied(address: str, file: str, folder: str, ending: str) -> "TemporaryDirec
         for name in [*wanted, *(f"{folder}/{name}" for name in names)]:
             fs.copy_files(f"{root}/{name}", os.path.join(copy.name, name), system, fs.LocalFileSystem())
     except (OSError, NotImplementedError, pa.ArrowException) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise StoreError(
-            f"cannot read {address} ({reason}): check the address and your access to it, or copy the run to a folder"
+            f"cannot read {address} ({first_line(error)}): check the address and your access to it, or copy the run to "
+            "a folder"
         ) from error
     return copy

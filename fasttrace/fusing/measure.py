@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fasttrace.checks import is_out_of_memory
+from fasttrace.errors import kind_and_line
 
 logger = logging.getLogger("fasttrace")
 
@@ -99,7 +100,7 @@ def leave_out(case: Case, error: Exception, instead: str = "the model's own code
     if is_out_of_memory(error):
         raise error
     _CHOSEN[case] = False
-    _warn(str(case), f"{_told(error)}; {instead}")
+    _warn(str(case), f"{kind_and_line(error)}; {instead}")
 
 
 def choices() -> Choices:
@@ -123,12 +124,8 @@ def attempt(what: str, work: Callable[[], Any]) -> Any:
         with torch.no_grad():
             return work()
     except Exception as error:  # kernels that do not compile raise anything
-        _warn(what, _told(error))
+        _warn(what, kind_and_line(error))
         return None
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 @cache

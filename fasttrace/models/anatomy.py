@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from fasttrace.errors import ModelError
+from fasttrace.errors import ModelError, kind_and_line
 from fasttrace.experiment.sites import SITE
 from fasttrace.models.axes import InputAxes, input_axes
 from fasttrace.models.hooks import evaluating
@@ -184,9 +184,8 @@ class Anatomy:
         except Exception as error:
             if n_tokens < LONG_PROMPT:  # a hook of somebody's may be made for longer prompts
                 return self._looks_twice(vocabulary, LONG_PROMPT)
-            told = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ModelError(
-                f"{type(self.model).__name__} fails on a prompt of {ids.shape[1]} tokens ({told})"
+                f"{type(self.model).__name__} fails on a prompt of {ids.shape[1]} tokens ({kind_and_line(error)})"
             ) from error
 
     @cached_property

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from fasttrace.errors import ModelError
-from fasttrace.models.checkpoints import GGUF, first_line
+from fasttrace.errors import ModelError, first_line
+from fasttrace.models.checkpoints import GGUF
 from fasttrace.models.rules import PATHS
 
 

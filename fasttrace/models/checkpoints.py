@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch import nn
 
-from fasttrace.errors import ModelError
+from fasttrace.errors import ModelError, first_line
 
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -271,19 +271,6 @@ def _wrong_pickle(path: Path) -> str | None:
         found = re.search(r"(?<=GLOBAL )[\w.]+", str(error))
         what = found[0] if found else "which could be code"
         return f"holds more than weights ({what}) and is not opened: get the model as safetensors"
-
-
-SPEAKING = (OSError, ValueError, RuntimeError, ImportError)
-"""Errors whose words are sentences; of others the kind is said too."""
-
-
-def first_line(error: object, most: int = 200) -> str:
-    """An error's first line, with its kind where the words say little without; cut where it is long."""
-    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines() if line.strip()]
-    line = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
-    if not line or (isinstance(error, Exception) and not isinstance(error, SPEAKING)):
-        line = f"{type(error).__name__}: {line}".rstrip(": ")
-    return line if len(line) <= most else line[: most - 3] + "..."
 
 
 def folder_of(source: str, revision: str | None) -> Path | None:

@@ -12,10 +12,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import cached_file
 
-from fasttrace.errors import ModelError
+from fasttrace.errors import ModelError, first_line
 from fasttrace.models import checkpoints
 from fasttrace.models.arguments import checked_name
-from fasttrace.models.checkpoints import first_line
 from fasttrace.models.loading_errors import explained, is_failure, wants_trust
 from fasttrace.models.peft_adapters import adapter_of, add_adapter
 

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 
 import torch
 
-from fasttrace.errors import FasttraceError, ModelError
-from fasttrace.models.checkpoints import TRUST, chain_of, damaged_file, first_line, folder_of
+from fasttrace.errors import FasttraceError, ModelError, first_line
+from fasttrace.models.checkpoints import TRUST, chain_of, damaged_file, folder_of
 
 
 @contextmanager

@@ -62,7 +62,7 @@ class UnitWork:
 def cost_of(plan: Plan, unit: UnitWork) -> Cost:
     """The cost of running a plan once."""
     shape = plan.shape
-    n_base = (1 + shape.samples) * shape.n_positions
+    n_base = plan.n_base * shape.n_positions
     token_blocks = sum(
         (block.n_tokens - n_base) * ATTENTION_SHARE + (_mlp_tokens(block) - n_base) * MLP_SHARE for block in plan.blocks
     )
@@ -70,22 +70,23 @@ def cost_of(plan: Plan, unit: UnitWork) -> Cost:
         block.n_tokens * attention + _mlp_tokens(block) * mlp + _pairs(block) * pair
         for block, (attention, mlp, pair) in zip(plan.blocks, unit.by_block(), strict=True)
     )
-    head_rows = plan.last_tokens.size + 1 + shape.samples
+    head_rows = plan.read_tokens.size + plan.n_base * len(shape.read_positions)
     return Cost(
         rows=plan.last_tokens.size,
         token_blocks=token_blocks,
-        full_token_blocks=float(len(plan.cell_row) * shape.samples * shape.n_layers * shape.n_positions),
+        full_token_blocks=float(len(plan.cell_row) * shape.copies * shape.n_layers * shape.n_positions),
         flops=flops + head_rows * unit.head,
     )
 
 
 def full_cost(shape: Shape, n_cells: int, unit: UnitWork) -> Cost:
     """The cost of one whole row per cell and sample."""
-    rows = n_cells * shape.samples
+    rows = n_cells * shape.copies
     token_blocks = float(rows * shape.n_layers * shape.n_positions)
     pairs = shape.n_positions * (shape.n_positions + 1) // 2
     per_row = sum(shape.n_positions * (attention + mlp) + pairs * pair for attention, mlp, pair in unit.by_block())
-    return Cost(rows, token_blocks, token_blocks, (rows + 1 + shape.samples) * (per_row + unit.head))
+    per_row += len(shape.read_positions) * unit.head
+    return Cost(rows, token_blocks, token_blocks, (rows + shape.n_base) * per_row)
 
 
 def total(costs: Iterable[Cost]) -> Cost:

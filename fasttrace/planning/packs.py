@@ -16,7 +16,8 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from fasttrace.planning.plan import BlockPlan, Group, Plan
+from fasttrace.experiment.cells import Vector
+from fasttrace.planning.plan import BlockPlan, Group, Plan, Write
 
 Made = TypeVar("Made")
 
@@ -45,7 +46,10 @@ class Pack:
             `Group.base` counts the base rows of one length.
         handed_on: [base row * width] the last block's tokens that stand for the base rows afterwards: the last token
             of a short prompt again and again, so that the last column has the last token of every prompt.
-        last_tokens: [plan * sample * row] the last token of each restored row, in the last block's pack.
+        read_tokens: [plan * sample * row * read] the tokens that each restored row is read at, in the last block's
+            pack.
+        read_writes: vectors in the place of read tokens, counted in `read_tokens`.
+        vectors: those of all plans.
     """
 
     plans: tuple[Plan, ...]
@@ -53,7 +57,9 @@ class Pack:
     base_rows: Mapping[int, int]
     blocks: tuple[BlockPlan, ...]
     handed_on: np.ndarray
-    last_tokens: np.ndarray
+    read_tokens: np.ndarray
+    read_writes: tuple[Write, ...]
+    vectors: tuple[Vector, ...]
 
     @property
     def n_base(self) -> int:
@@ -94,8 +100,19 @@ def _pack_of(plans: tuple[Plan, ...]) -> Pack:
         blocks, places = plans[0].blocks, [np.arange(plans[0].blocks[-1].n_tokens)]
     else:
         blocks, places = merge.blocks()
-    last = [place[plan.last_tokens.reshape(-1)] for place, plan in zip(places, plans, strict=True)]
-    return Pack(plans, merge.width, merge.base_rows, blocks, np.concatenate(merge.ends(places)), np.concatenate(last))
+    reads = [place[plan.read_tokens.reshape(-1)] for place, plan in zip(places, plans, strict=True)]
+    starts = np.cumsum([0, *map(len, reads)])
+    at = [start + np.arange(len(own)) for start, own in zip(starts, reads, strict=False)]
+    return Pack(
+        plans,
+        merge.width,
+        merge.base_rows,
+        blocks,
+        handed_on=np.concatenate(merge.ends(places)),
+        read_tokens=np.concatenate(reads),
+        read_writes=merge.writes([plan.read_writes for plan in plans], at),
+        vectors=tuple(vector for plan in plans for vector in plan.vectors),
+    )
 
 
 _kept_pack = lru_cache(maxsize=KEPT_PACKS)(_pack_of)
@@ -133,6 +150,7 @@ class _Merge:
         width, base_rows: as in `Pack`.
         row: [plan] its first base row among all.
         row_of_length: [plan] its first base row among those that are as long.
+        first_vector: [plan] its first vector among all.
     """
 
     def __init__(self, plans: Sequence[Plan]):
@@ -145,6 +163,7 @@ class _Merge:
             self.row.append(sum(self.base_rows.values()))
             self.row_of_length.append(self.base_rows.get(length, 0))
             self.base_rows[length] = self.row_of_length[-1] + plan.n_base
+        self.first_vector = np.cumsum([0, *(len(plan.vectors) for plan in plans)])
 
     def blocks(self) -> tuple[tuple[BlockPlan, ...], Places]:
         """All blocks, and the last one's places."""
@@ -214,13 +233,26 @@ class _Merge:
             carried=carried,
             origin=_merged(origin, None, places),
             groups=groups,
-            attention_to=_tokens([part.attention_to for part in parts], places),
-            attention_from=_tokens([part.attention_from for part in parts], places),
-            mlp_to=_tokens([part.mlp_to for part in parts], places),
-            mlp_from=_tokens([part.mlp_from for part in parts], places),
+            writes=self.writes([part.writes for part in parts], places),
             mlp_keep=keep,
             mlp_spread=spread,
         )
+
+    def writes(self, of_plans: Sequence[tuple[Write, ...]], places: Places) -> tuple[Write, ...]:
+        """The writes of all plans, one for each site and kind of source."""
+        found: dict[tuple[str, bool], list[Write]] = {}
+        for number, (writes, place) in enumerate(zip(of_plans, places, strict=True)):
+            for write in writes:
+                source = write.taken_from
+                taken_from = source + self.first_vector[number] if write.of_vectors else place[source]
+                moved = replace(write, to=place[write.to], taken_from=taken_from)
+                found.setdefault((write.site, write.of_vectors), []).append(moved)
+        return tuple(map(_joined, found.values()))
+
+
+def _joined(writes: Sequence[Write]) -> Write:
+    to = np.concatenate([write.to for write in writes])
+    return replace(writes[0], to=to, taken_from=np.concatenate([write.taken_from for write in writes]))
 
 
 def _first(value: np.ndarray | None, other: np.ndarray | None) -> np.ndarray | None:

@@ -15,15 +15,25 @@ per noise sample. Restored rows follow, sorted by the positions they hold, tile 
 are neighbors. `docs/planner.md` compiles a small plan step by step.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
 
-from fasttrace.experiment.cells import Cell
+from fasttrace.experiment.cells import Cell, Vector
 from fasttrace.experiment.sites import ATTENTION, MLP, RESIDUAL
-from fasttrace.planning.edits import EditTable, Shape, effective_edits
+from fasttrace.planning.edits import (
+    ACTIVATION,
+    CLEAN_CELL,
+    CORRUPTED_CELL,
+    FROM_CLEAN,
+    FROM_VECTOR,
+    EditTable,
+    Shape,
+    effective_edits,
+)
 
 Layout = Literal["narrow", "suffix", "full"]
 """What a restored row holds: the tokens that pass 8 leaves it, those from its first edit on, or the whole prompt."""
@@ -32,15 +42,20 @@ TILE_TOKENS = 32
 """Rows that share a base row attend together in tiles of about this many tokens: the base row's keys are then
 gathered once a tile, and a block-diagonal mask keeps the rows apart."""
 
-BASE_ROW = -1
-"""In place of a row's number: the corrupted base row of the sample. Being -1, it picks the last item of an array, so
-`np.append(per_row, of_base)[number]` looks up rows and the base row at once."""
+CORRUPTED_ROW, CLEAN_ROW = CORRUPTED_CELL, CLEAN_CELL
+"""In place of a row's number: the corrupted base row of the sample, or the clean one. Being -1 and -2, they pick the
+last items of an array: `_looked_up` looks up rows and base rows at once."""
 
 _NOTHING = -1
 """In tables that are being filled: nothing here so far."""
 
-_CODES_PER_POSITION = 6
-"""Edits that one position can have in a block: three stages, two sources."""
+_SITE_OF_STAGE = {
+    RESIDUAL: "block_input",
+    ATTENTION: "attention_output",
+    MLP: "mlp_output",
+    ACTIVATION: "mlp_activation",
+}
+"""Where the writes of a stage are made."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +99,23 @@ class Group(Rectangle):
 
 
 @dataclass(frozen=True)
+class Write:
+    """Values of one site to overwrite in one block.
+
+    Attributes:
+        site: where.
+        to: [write] tokens, each once.
+        taken_from: [write] tokens that the values are taken from, or numbers of vectors.
+        of_vectors: which of the two.
+    """
+
+    site: str
+    to: np.ndarray
+    taken_from: np.ndarray
+    of_vectors: bool = False
+
+
+@dataclass(frozen=True)
 class BlockPlan:
     """Index tables of one block; tokens are counted in this block's pack unless said otherwise.
 
@@ -93,20 +125,17 @@ class BlockPlan:
             beside its hidden state; None: the same as `source`.
         origin: [token] the base token at the same position, `base row * n_positions + position`.
         groups: the pack as rectangles, in order, base rows included.
-        attention_to, attention_from: attention outputs to overwrite, and the tokens they are taken from.
-        mlp_to, mlp_from: the same for MLP outputs.
+        writes: what is overwritten, beside base runs' values in the residual stream, which `source` reads.
         mlp_keep: tokens whose MLP output is computed; None: all.
-        mlp_spread: [token] where its MLP output stands among the kept ones, edits applied; None with mlp_keep.
+        mlp_spread: [token] where its MLP output stands among the kept ones, those of base runs put in; None with
+            mlp_keep.
     """
 
     source: np.ndarray | None
     carried: np.ndarray | None
     origin: np.ndarray
     groups: tuple[Group, ...]
-    attention_to: np.ndarray
-    attention_from: np.ndarray
-    mlp_to: np.ndarray
-    mlp_from: np.ndarray
+    writes: tuple[Write, ...]
     mlp_keep: np.ndarray | None
     mlp_spread: np.ndarray | None
 
@@ -124,20 +153,29 @@ class Plan:
         shape: what it was compiled for.
         layout: what its rows hold.
         blocks: the tables, one set a block.
-        last_tokens: [sample, row] the last token of each restored row, in the last block's pack.
+        read_tokens: [sample, row, read] the tokens that each restored row is read at, in the last block's pack.
+        read_writes: vectors that are put in the place of read tokens, counted in `read_tokens`.
         cell_row: [cell] the row of each cell, or CORRUPTED_CELL, or CLEAN_CELL.
+        vectors: those that writes name.
     """
 
     shape: Shape
     layout: Layout
     blocks: tuple[BlockPlan, ...]
-    last_tokens: np.ndarray
+    read_tokens: np.ndarray
+    read_writes: tuple[Write, ...]
     cell_row: np.ndarray
+    vectors: tuple[Vector, ...]
 
     @property
     def n_base(self) -> int:
         """Base rows: the clean run, and a corrupted one per sample."""
-        return 1 + self.shape.samples
+        return self.shape.n_base
+
+    @property
+    def last_tokens(self) -> np.ndarray:
+        """[sample, row] the last token that each restored row is read at."""
+        return self.read_tokens[:, :, -1]
 
     @cached_property
     def n_tokens(self) -> np.ndarray:
@@ -152,26 +190,27 @@ class Plan:
 
 @lru_cache(maxsize=32)
 def plan_cells(shape: Shape, cells: tuple[Cell, ...], layout: Layout = "narrow") -> Plan:
-    """The plan of any cells, cached by its arguments; a cell without edits is the corrupted run.
+    """The plan of any cells, cached by its arguments; a cell without edits is the run that it is made in.
 
     Raises:
-        PlanError: a shape with nothing to trace, an edit outside the model or the prompt, or two edits of one
-            cell that contradict each other.
+        PlanError: see `edits.effective_edits`.
     """
     table = effective_edits(shape, cells, mixes_last=layout == "full")
     signatures = _signatures(shape, table)
-    rows = _no_rows(shape, len(cells))
     by_block = table.where(np.argsort(table.block, kind="stable"))
-    bounds = np.searchsorted(by_block.block, np.arange(shape.n_layers + 1))
-    blocks = []
+    bounds = np.searchsorted(by_block.block, np.arange(shape.n_layers + 2))
+    edits = [by_block.where(slice(*bounds[number : number + 2])) for number in range(shape.n_layers + 1)]
+    rows = [_no_rows(shape, table.background)]
     for number in range(shape.n_layers):
-        edits = by_block.where(slice(*bounds[number : number + 2]))
-        parents, rows = rows, _advance(shape, rows, edits, signatures[:, number], layout)
-        blocks.append(_block(shape, number, parents, rows, edits, layout))
-    last = np.full((shape.samples, len(rows.first)), _NOTHING)
-    last[rows.sample, rows.number] = rows.start + shape.n_positions - 1 - rows.first[rows.number]
-    cell_row = np.where(rows.of_cell == BASE_ROW, table.constant, rows.of_cell)
-    return Plan(shape, layout, tuple(blocks), last, cell_row)
+        rows.append(_advance(shape, rows[-1], edits[number], signatures[:, number], layout))
+    cell_row, read_tokens, read_writes = _readout(shape, rows[-1], edits[-1], signatures[:, -1])
+    unread = None if layout == "full" else _unread_tokens(shape, rows[-1], read_tokens)
+    unread_in = [None] * (shape.n_layers - 1) + [unread]
+    blocks = tuple(
+        _block(shape, number, rows[number], rows[number + 1], edits[number], layout, unread_in[number])
+        for number in range(shape.n_layers)
+    )
+    return Plan(shape, layout, blocks, read_tokens, read_writes, cell_row, table.vectors)
 
 
 @dataclass(frozen=True)
@@ -179,10 +218,11 @@ class _Rows:
     """The restored rows of one block. Each row exists once per sample; `number` and `sample` say which is where.
 
     Attributes:
-        of_cell: [cell] the row a cell is in; BASE_ROW while nothing has been restored.
-        parent: [row] its row in the previous block, or BASE_ROW.
+        of_cell: [cell] the row a cell is in, or a base row while nothing has been restored.
+        parent: [row] its row in the previous block, or a base row.
+        base: [row] the base row it was forked from, at first or through its parents: CORRUPTED_ROW or CLEAN_ROW.
         first, stop: [row] first position held, and the one after the last.
-        rest: [row] the row that has its tokens from `stop` on as well, or BASE_ROW.
+        rest: [row] the row, or base row, that has its tokens from `stop` on as well.
         number, sample: [placed row] row and sample, in the order of the pack.
         start: [placed row] index of the first token in the pack.
         place: [sample, row] the inverse of (sample, number).
@@ -192,6 +232,7 @@ class _Rows:
 
     of_cell: np.ndarray
     parent: np.ndarray
+    base: np.ndarray
     first: np.ndarray
     stop: np.ndarray
     rest: np.ndarray
@@ -203,34 +244,57 @@ class _Rows:
     n_tokens: int
 
 
-def _no_rows(shape: Shape, n_cells: int) -> _Rows:
+def _no_rows(shape: Shape, background: np.ndarray) -> _Rows:
     none = np.zeros(0, dtype=np.int64)
-    return _placed(shape, np.full(n_cells, BASE_ROW), parent=none, first=none, stop=none, rest=none)
+    return _placed(shape, background, parent=none, base=none, first=none, stop=none, rest=none)
 
 
 def _placed(
-    shape: Shape, of_cell: np.ndarray, parent: np.ndarray, first: np.ndarray, stop: np.ndarray, rest: np.ndarray
+    shape: Shape,
+    of_cell: np.ndarray,
+    *,
+    parent: np.ndarray,
+    base: np.ndarray,
+    first: np.ndarray,
+    stop: np.ndarray,
+    rest: np.ndarray,
 ) -> _Rows:
-    """Gives every row and sample its place in the pack, sorted by (first position, stop, tile size, sample)."""
-    sample, number = np.divmod(np.arange(shape.samples * len(first)), max(1, len(first)))
-    tile_rows = _tile_rows(shape, first, stop)
-    order = np.lexsort((number, sample, -tile_rows[number], -stop[number], first[number]))
-    sample, number = sample[order], number[order]
+    """Gives every row and sample its place, sorted by (first position, stop, tile size, sample, base row)."""
+    tile_rows = _tile_rows(shape, base, first, stop)
+    order = np.lexsort((base, -tile_rows, -stop, first))
+    # Rows of one shape are together, sample after sample.
+    begins = np.flatnonzero(_changes(first[order]) | _changes(stop[order]) | _changes(tile_rows[order]))
+    n_rows = np.diff(np.append(begins, len(order)))
+    start_of, n_of = np.repeat(begins, n_rows), np.repeat(n_rows, n_rows)
+    place = np.empty((shape.copies, len(first)), dtype=np.int64)
+    in_shape = np.arange(len(order)) - start_of
+    place[:, order] = shape.copies * start_of + in_shape + np.arange(shape.copies)[:, None] * n_of
+    number, sample = np.empty((2, place.size), dtype=np.int64)
+    number[place], sample[place] = np.arange(len(first)), np.arange(shape.copies)[:, None]
     lengths = (stop - first)[number]
-    ends = (1 + shape.samples) * shape.n_positions + np.cumsum(lengths)
-    place = np.empty((shape.samples, len(first)), dtype=np.int64)
-    place[sample, number] = np.arange(len(number))
-    n_tokens = int(ends[-1]) if len(ends) else (1 + shape.samples) * shape.n_positions
-    return _Rows(of_cell, parent, first, stop, rest, number, sample, ends - lengths, place, tile_rows[number], n_tokens)
+    ends = shape.n_base * shape.n_positions + np.cumsum(lengths)
+    n_tokens = int(ends[-1]) if len(ends) else shape.n_base * shape.n_positions
+    tile_rows = tile_rows[number]
+    return _Rows(of_cell, parent, base, first, stop, rest, number, sample, ends - lengths, place, tile_rows, n_tokens)
 
 
-def _tile_rows(shape: Shape, first: np.ndarray, stop: np.ndarray) -> np.ndarray:
-    """[row] how many rows share its tile: whole tiles of rows with the same positions, and one of what is left.
+def _looked_up(per_row: np.ndarray, number: np.ndarray, of_clean: int, of_corrupted: int) -> np.ndarray:
+    """What rows have, and what base rows have in their place."""
+    return np.append(per_row, (of_clean, of_corrupted))[number]
+
+
+def _base_row(base: np.ndarray, sample: np.ndarray) -> np.ndarray:
+    """Where base rows stand: the clean run first, then a corrupted one per sample."""
+    return np.where(base == CLEAN_ROW, 0, 1 + sample)
+
+
+def _tile_rows(shape: Shape, base: np.ndarray, first: np.ndarray, stop: np.ndarray) -> np.ndarray:
+    """[row] how many rows share its tile: whole tiles of rows of one base row and the same positions, and a last one.
 
     Whole rows (first == 0) read no base row's keys, so a tile would save no gather: each is its own.
     """
-    held = first * (shape.n_positions + 1) + stop
-    count = np.bincount(held, minlength=(shape.n_positions + 1) ** 2)
+    held = (first * (shape.n_positions + 1) + stop) * 2 + (base == CLEAN_ROW)
+    count = np.bincount(held, minlength=2 * (shape.n_positions + 1) ** 2)
     order = np.argsort(held, kind="stable")
     rank = np.empty_like(first)
     rank[order] = np.arange(len(first)) - (np.cumsum(count) - count)[held[order]]
@@ -241,9 +305,10 @@ def _tile_rows(shape: Shape, first: np.ndarray, stop: np.ndarray) -> np.ndarray:
 
 def _signatures(shape: Shape, table: EditTable) -> np.ndarray:
     """[cell, block] a number for the set of edits a cell has in a block, 0 for none."""
-    signatures = np.zeros((len(table.constant), shape.n_layers), dtype=np.int64)
-    code = 1 + (table.stage * shape.n_positions + table.position) * 2 + table.clean
-    begins = np.flatnonzero(_changes(table.cell * shape.n_layers + table.block))
+    signatures = np.zeros((len(table.background), shape.n_layers + 1), dtype=np.int64)
+    n_sources = FROM_VECTOR + len(table.vectors)
+    code = 1 + (table.stage * shape.n_positions + table.position) * n_sources + table.source
+    begins = np.flatnonzero(_changes(table.cell * (shape.n_layers + 1) + table.block))
     signatures[table.cell[begins], table.block[begins]] = code[begins]
     ends = np.append(begins[1:], len(code))
     # A set of several edits gets a number above all single edits' codes, in the order in which the sets are met.
@@ -252,7 +317,8 @@ def _signatures(shape: Shape, table: EditTable) -> np.ndarray:
     for begin, end in zip(begins[several], ends[several], strict=True):
         edits = tuple(code[begin:end].tolist())
         signatures[table.cell[begin], table.block[begin]] = -known.setdefault(edits, len(known) + 1)
-    return np.where(signatures < 0, _CODES_PER_POSITION * shape.n_positions - signatures, signatures)
+    n_codes = len(_SITE_OF_STAGE) * shape.n_positions * n_sources
+    return np.where(signatures < 0, n_codes - signatures, signatures)
 
 
 def _changes(values: np.ndarray) -> np.ndarray:
@@ -264,29 +330,34 @@ def _changes(values: np.ndarray) -> np.ndarray:
 
 def _advance(shape: Shape, rows: _Rows, edits: EditTable, signature: np.ndarray, layout: Layout) -> _Rows:
     """Passes 4 to 6 and 8: splits the rows whose cells have different edits in this block."""
-    # A row begins where its parent does, or earlier if it is edited earlier; children of the base row begin where they
+    # A row begins where its parent does, or earlier if it is edited earlier; children of a base row begin where they
     # are edited.
-    first_of_cell = np.append(rows.first, shape.n_positions)[rows.of_cell]
+    first_of_cell = _looked_up(rows.first, rows.of_cell, shape.n_positions, shape.n_positions)
     np.minimum.at(first_of_cell, edits.cell, 0 if layout == "full" else edits.position)
-    # Cells with one parent and one signature have had the same edits so far: they are one row.
-    history = (rows.of_cell + 1) * (signature.max(initial=0) + 1) + signature
-    restored = np.flatnonzero(history)
-    _, example, number = np.unique(history[restored], return_index=True, return_inverse=True)
-    example = restored[example]
-    of_cell = np.full_like(rows.of_cell, BASE_ROW)
-    of_cell[restored] = number
+    of_cell, example = _split(rows, signature)
     parent, first = rows.of_cell[example], first_of_cell[example]
-    rest, stop = np.full_like(parent, BASE_ROW), np.full_like(parent, shape.n_positions)
+    base = _looked_up(rows.base, parent, CLEAN_ROW, CORRUPTED_ROW)
+    rest, stop = base, np.full_like(parent, shape.n_positions)
     if layout == "narrow":
         rest, stop = _narrowed(shape, of_cell, parent, edits)
-    return _placed(shape, of_cell, parent, first, stop, rest)
+    return _placed(shape, of_cell, parent=parent, base=base, first=first, stop=stop, rest=rest)
+
+
+def _split(rows: _Rows, signature: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """([cell] its row or base row, [row] a cell in it): cells of one parent and one signature are one row."""
+    history = (rows.of_cell - CLEAN_ROW) * (signature.max(initial=0) + 1) + signature
+    restored = np.flatnonzero((rows.of_cell >= 0) | (signature > 0))
+    _, example, number = np.unique(history[restored], return_index=True, return_inverse=True)
+    of_cell = rows.of_cell.copy()
+    of_cell[restored] = number
+    return of_cell, restored[example]
 
 
 def _narrowed(shape: Shape, of_cell: np.ndarray, parent: np.ndarray, edits: EditTable) -> tuple[np.ndarray, np.ndarray]:
     """Pass 8: (`rest`, `stop`) of the rows of a block.
 
     Rows with one parent that come into the block alike leave it alike but for where they are edited. So one of them,
-    or the base row if that is the parent, is whole; the others, edited no earlier, end with their last edit.
+    or a base row if that is the parent, is whole; the others, edited no earlier, end with their last edit.
     """
     row = of_cell[edits.cell]
     last = np.full_like(parent, _NOTHING)
@@ -300,51 +371,113 @@ def _narrowed(shape: Shape, of_cell: np.ndarray, parent: np.ndarray, edits: Edit
     begins = _changes(parent[order])
     whole = np.empty_like(parent)
     whole[order] = order[begins][np.cumsum(begins) - 1]
-    rest = np.where(parent == BASE_ROW, BASE_ROW, whole)
+    rest = np.where(parent < 0, parent, whole)
     is_whole = comes_in_edited | (rest == np.arange(len(parent)))
     return rest, np.where(is_whole, shape.n_positions, last + 1)
 
 
-def _block(shape: Shape, number: int, parents: _Rows, rows: _Rows, edits: EditTable, layout: Layout) -> BlockPlan:
+def _readout(
+    shape: Shape, parents: _Rows, edits: EditTable, signature: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, tuple[Write, ...]]:
+    """(`cell_row`, `read_tokens`, `read_writes`) of a plan: cells may part once more behind the last block."""
+    of_cell, example = _split(parents, signature)
+    parent = parents.of_cell[example]
+    base = _looked_up(parents.base, parent, CLEAN_ROW, CORRUPTED_ROW)
+    reads = np.array(shape.read_positions)
+    sample, number = np.divmod(np.arange(shape.copies * len(parent)), max(1, len(parent)))
+    position = np.tile(reads, len(number))
+    lengths = np.full(len(number), len(reads))
+    tokens, _ = _taken_from(shape, parents, parent[number], base[number], sample, position, lengths)
+    read_of = np.zeros(shape.n_positions, dtype=np.int64)
+    read_of[reads] = np.arange(len(reads))
+    at = np.arange(len(number)).reshape(shape.copies, -1) * len(reads)
+    writes = []
+    for of_vectors, _, some in _by_source_and_stage(edits):
+        once = _once(shape, of_cell, len(parent), some)
+        to = at[:, of_cell[some.cell[once]]] + read_of[some.position[once]]
+        to, taken_from = to.reshape(-1), _sources(shape, some.source[once], some.position[once], of_vectors)
+        if of_vectors:
+            writes.append(Write("block_output", to, taken_from, True))
+        else:
+            tokens[to] = taken_from
+    return of_cell, tokens.reshape(shape.copies, -1, len(reads)), tuple(writes)
+
+
+def _block(
+    shape: Shape,
+    number: int,
+    parents: _Rows,
+    rows: _Rows,
+    edits: EditTable,
+    layout: Layout,
+    unread: np.ndarray | None,
+) -> BlockPlan:
     source, origin = _growth(shape, parents, rows)
-    targets = {stage: _edit_tokens(shape, rows, edits.where(edits.stage == stage)) for stage in range(3)}
-    to, taken_from = targets[RESIDUAL]
-    carried = source.copy() if len(to) else None
-    source[to] = source[taken_from]
-    unread = _unread_tokens(rows) if number == shape.n_layers - 1 else to[:0]
-    keep, spread = (None, None) if layout == "full" else _skipped_mlp(rows.n_tokens, *targets[MLP], unread)
+    carried, writes = None, []
+    for of_vectors, stage, some in _by_source_and_stage(edits):
+        to, taken_from = _edit_tokens(shape, rows, some, of_vectors)
+        if stage == RESIDUAL and not of_vectors:
+            carried = source.copy()
+            source[to] = source[taken_from]
+        else:
+            writes.append(Write(_SITE_OF_STAGE[stage], to, taken_from, of_vectors))
+    keep, spread = (None, None) if layout == "full" else _skipped_mlp(rows.n_tokens, writes, unread)
     unchanged = number > 0 and len(source) == parents.n_tokens and np.array_equal(source, np.arange(len(source)))
-    return BlockPlan(
-        None if unchanged else source,
-        carried,
-        origin,
-        _groups(shape, rows),
-        *targets[ATTENTION],
-        *targets[MLP],
-        keep,
-        spread,
-    )
+    return BlockPlan(None if unchanged else source, carried, origin, _groups(shape, rows), tuple(writes), keep, spread)
+
+
+def _by_source_and_stage(edits: EditTable) -> Iterator[tuple[bool, int, EditTable]]:
+    """Edits from base runs, stage by stage, then those from vectors; what there is none of is left out."""
+    of_vectors = edits.source >= FROM_VECTOR
+    for kind in (False, True) if edits.vectors else (False,):
+        for stage in _SITE_OF_STAGE:
+            some = (edits.stage == stage) & (of_vectors == kind)
+            if some.any():
+                yield kind, stage, edits.where(some)
 
 
 def _growth(shape: Shape, parents: _Rows, rows: _Rows) -> tuple[np.ndarray, np.ndarray]:
     """[token] where each token comes from in the previous pack, and the base token at its position."""
-    n_base = (1 + shape.samples) * shape.n_positions
     first = rows.first[rows.number]
     lengths = (rows.stop - rows.first)[rows.number]
+    parent, base = rows.parent[rows.number], rows.base[rows.number]
     position = _ranges(first, lengths)
-    origin = np.repeat((1 + rows.sample) * shape.n_positions, lengths) + position
-    parent = rows.parent[rows.number]
-    # A token is its parent's where that holds it; else it is the base row's. Tokens behind a narrow parent's end are
+    source, origin = _taken_from(shape, parents, parent, base, rows.sample, position, lengths)
+    of_base = np.arange(shape.n_base * shape.n_positions)
+    return np.concatenate((of_base, source)), np.concatenate((of_base, origin))
+
+
+def _taken_from(
+    shape: Shape,
+    rows: _Rows,
+    number: np.ndarray,
+    base: np.ndarray,
+    sample: np.ndarray,
+    position: np.ndarray,
+    lengths: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """[token] the tokens of a pack that rows have at positions, and the base tokens there.
+
+    Args:
+        shape: counts.
+        rows: of the pack.
+        number: [item] rows or base rows.
+        base: [item] the base rows they came from.
+        sample: [item] theirs.
+        position: [token] positions asked for, item by item.
+        lengths: [item] how many.
+    """
+    origin = np.repeat(_base_row(base, sample) * shape.n_positions, lengths) + position
+    # A token is the row's own where that holds it; else it is the base row's. Tokens behind a narrow row's end are
     # those of the row that is like it there (`rest`), which may be the base row.
     source = origin
-    if np.any(parents.stop < shape.n_positions):
-        of_rest, held = _held(parents, np.append(parents.rest, -1)[parent], rows.sample, position, lengths)
-        held &= position >= np.repeat(np.append(parents.stop, 0)[parent], lengths)
+    if np.any(rows.stop < shape.n_positions):
+        rest = _looked_up(rows.rest, number, CLEAN_ROW, CORRUPTED_ROW)
+        of_rest, held = _held(rows, rest, sample, position, lengths)
+        held &= position >= np.repeat(_looked_up(rows.stop, number, 0, 0), lengths)
         source = np.where(held, of_rest, source)
-    of_parent, held = _held(parents, parent, rows.sample, position, lengths)
-    source = np.where(held, of_parent, source)
-    base = np.arange(n_base)
-    return np.concatenate((base, source)), np.concatenate((base, origin))
+    of_row, held = _held(rows, number, sample, position, lengths)
+    return np.where(held, of_row, source), origin
 
 
 def _held(
@@ -354,13 +487,13 @@ def _held(
 
     Args:
         rows: of the pack.
-        number: [item] rows; BASE_ROW holds nothing here, because it is never looked up as a row.
+        number: [item] rows; base rows hold nothing here, because they are never looked up as rows.
         sample: [item] theirs.
         position: [token] positions asked for, item by item.
         lengths: [item] how many.
     """
-    exists = number != BASE_ROW
-    first, stop = np.append(rows.first, 0)[number], np.append(rows.stop, 0)[number]
+    exists = number >= 0
+    first, stop = _looked_up(rows.first, number, 0, 0), _looked_up(rows.stop, number, 0, 0)
     shift = -first
     shift[exists] += rows.start[rows.place[sample[exists], number[exists]]]
     held = (position >= np.repeat(first, lengths)) & (position < np.repeat(stop, lengths))
@@ -373,45 +506,58 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(shift, lengths) + np.arange(lengths.sum())
 
 
-def _edit_tokens(shape: Shape, rows: _Rows, edits: EditTable) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens that edits write to, each once, and the base tokens they are taken from."""
-    if not len(edits.cell):
-        return edits.cell, edits.cell
-    row = rows.of_cell[edits.cell]
-    place = row * shape.n_positions + edits.position
-    # Cells that share a row bring the same edits: of each place one is enough.
-    edit_at = np.full(len(rows.first) * shape.n_positions, _NOTHING)
-    edit_at[place] = np.arange(len(place))
-    once = edit_at[edit_at != _NOTHING]
-    row, position, clean = row[once], edits.position[once], edits.clean[once]
-    sample = np.arange(shape.samples)[:, None]
+def _edit_tokens(shape: Shape, rows: _Rows, edits: EditTable, of_vectors: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that edits write to, each once, and the base tokens or vectors they are taken from."""
+    once = _once(shape, rows.of_cell, len(rows.first), edits)
+    row, position = rows.of_cell[edits.cell[once]], edits.position[once]
     to = rows.start[rows.place[:, row]] + position - rows.first[row]
-    taken_from = np.where(clean, 0, (1 + sample) * shape.n_positions) + position
-    return to.reshape(-1), taken_from.reshape(-1)
+    return to.reshape(-1), _sources(shape, edits.source[once], position, of_vectors)
 
 
-def _unread_tokens(rows: _Rows) -> np.ndarray:
-    """All tokens of restored rows but the last: nothing reads their last block's output."""
-    lengths = (rows.stop - rows.first)[rows.number]
-    return _ranges(rows.start, lengths - 1)
+def _once(shape: Shape, of_cell: np.ndarray, n_rows: int, edits: EditTable) -> np.ndarray:
+    """One edit of each place: cells that share a row bring the same edits."""
+    place = of_cell[edits.cell] * shape.n_positions + edits.position
+    edit_at = np.full(n_rows * shape.n_positions, _NOTHING)
+    edit_at[place] = np.arange(len(place))
+    return edit_at[edit_at != _NOTHING]
 
 
-def _skipped_mlp(n_tokens: int, to: np.ndarray, taken_from: np.ndarray, unread: np.ndarray):
+def _sources(shape: Shape, source: np.ndarray, position: np.ndarray, of_vectors: bool) -> np.ndarray:
+    """[sample * edit] the base tokens or vectors that edits take."""
+    if of_vectors:
+        return np.tile(source - FROM_VECTOR, shape.copies)
+    sample = np.arange(shape.copies)[:, None]
+    return (np.where(source == FROM_CLEAN, 0, (1 + sample) * shape.n_positions) + position).reshape(-1)
+
+
+def _unread_tokens(shape: Shape, rows: _Rows, read_tokens: np.ndarray) -> np.ndarray:
+    """Tokens of restored rows that nothing reads: the last block's output there is of no use."""
+    unread = np.ones(rows.n_tokens, dtype=bool)
+    unread[: shape.n_base * shape.n_positions] = False
+    unread[read_tokens] = False
+    return np.flatnonzero(unread)
+
+
+def _skipped_mlp(n_tokens: int, writes: list[Write], unread: np.ndarray | None):
     """Pass 7: (tokens whose MLP is computed, where each token finds its output among them)."""
-    if not len(to) and not len(unread):
+    replaced = [write for write in writes if write.site == "mlp_output"]
+    if not replaced and (unread is None or not len(unread)):
         return None, None
     computed = np.ones(n_tokens, dtype=bool)
-    computed[to] = computed[unread] = False
-    # Unread tokens may hold anything: they get the first token's output. Restored ones get that of their source, a base
-    # token, which is always computed.
+    for tokens in (*(write.to for write in replaced), *(() if unread is None else (unread,))):
+        computed[tokens] = False
+    # Unread tokens and those that get a vector may hold anything: they get the first token's output. Restored ones get
+    # that of their source, a base token, which is always computed.
     spread = np.where(computed, np.cumsum(computed) - 1, 0)
-    spread[to] = spread[taken_from]
+    for write in replaced:
+        if not write.of_vectors:
+            spread[write.to] = spread[write.taken_from]
     return np.flatnonzero(computed), spread
 
 
 def _groups(shape: Shape, rows: _Rows) -> tuple[Group, ...]:
-    n_base = 1 + shape.samples
-    base = np.concatenate((np.arange(n_base), 1 + rows.sample))
+    n_base = shape.n_base
+    base = np.concatenate((np.arange(n_base), _base_row(rows.base[rows.number], rows.sample)))
     first = np.concatenate((np.zeros(n_base, dtype=np.int64), rows.first[rows.number]))
     stop = np.concatenate((np.full(n_base, shape.n_positions), rows.stop[rows.number]))
     tile_rows = np.concatenate((np.ones(n_base, dtype=np.int64), rows.tile_rows))

@@ -5,11 +5,12 @@ that show the tokens; what is taken otherwise than typed is logged and kept in t
 """
 
 import logging
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fasttrace.checks import flag, span_of, token_ids, whole_number
+from fasttrace.checks import text as checked_text
 from fasttrace.errors import PromptError
 from fasttrace.prompts.subjects import Place, places_of, what_is_there
 from fasttrace.prompts.targets import target_token
@@ -18,9 +19,6 @@ from fasttrace.prompts.tokenization import Encoding, Offsets, decoded, encode_te
 __all__ = ["Prompt", "encode", "plain_ids", "subjects_of", "token_text"]
 
 logger = logging.getLogger("fasttrace")
-
-Answer = str | int | Sequence[str | int]
-"""A token as text or id, or several."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,6 @@ class Prompt:
         subject: the subject as text; None without tokenizer.
         target_id: token whose probability is scored; None: the clean run's top token.
         notes: what differs from the prompt, subject and target as typed, a sentence each; logged as a warning.
-        further_targets: more tokens that count as the target.
-        foil_ids: tokens that the target is compared with.
     """
 
     text: str | None
@@ -46,22 +42,14 @@ class Prompt:
     subject: str | None
     target_id: int | None
     notes: tuple[str, ...] = ()
-    further_targets: tuple[int, ...] = ()
-    foil_ids: tuple[int, ...] = ()
-
-    @property
-    def targets(self) -> int | tuple[int, ...] | None:
-        """What is scored: a token, several, or None for the clean run's top token."""
-        return self.target_id if self.target_id is None else (self.target_id, *self.further_targets)
 
 
 def encode(
     tokenizer: Any,
     prompt: str | Sequence[int],
     subject: str | tuple[int, int],
-    target: Answer | None,
+    target: str | int | None,
     *,
-    foil: Answer | None = None,
     vocabulary: int,
     max_positions: int | None = None,
     subject_start: int | None = None,
@@ -75,8 +63,7 @@ def encode(
         prompt: text, or token ids. A chat template is not applied.
         subject: text that occurs once in the prompt as a whole word, or else once, or a half-open token span.
         target: text that is one token behind the prompt, a token id, or None for the clean top token. A space is put
-            before it where running text has one; see `target_token`. Or a list of such, of which any counts.
-        foil: what the target is compared with, given as the target is.
+            before it where running text has one; see `target_token`.
         vocabulary: number of token ids the model knows.
         max_positions: longest prompt the model takes.
         subject_start: the character of the prompt at which the subject's text begins; None: it is searched for.
@@ -84,24 +71,21 @@ def encode(
         tell: log the notes as a warning.
 
     Raises:
-        PromptError: empty or too long prompt, subject or target that cannot be found; it shows the tokens. Or a target
-            and a foil that share a token.
+        PromptError: empty or too long prompt, subject or target that cannot be found; it shows the tokens.
     """
-    text = prompt if isinstance(prompt, str) else None
-    encoding = _given_ids(prompt) if text is None else _encoded(tokenizer, text)
+    text = _plain(prompt, "prompt") if isinstance(prompt, str) else None
+    encoding = Encoding(token_ids("prompt", prompt), None, []) if text is None else _encoded(tokenizer, text)
     ids = encoding.ids
+    subject = _plain(subject, "subject") if isinstance(subject, str) else span_of("subject", subject)
+    first_target_token = flag("first_target_token", first_target_token, error=PromptError)
     _check_ids("the prompt", tokenizer, ids, vocabulary)
     _check_length(ids, max_positions)
     tokens = tuple(token_text(tokenizer, token_id) for token_id in ids)
     span, subject_notes = _span_of(subject, subject_start, text, encoding.offsets, tokens)
-    answers = [
-        _answers(tokenizer, name, given, text, ids, first_target_token, vocabulary)
-        for name, given in (("target", target), ("foil", foil))
-    ]
-    (targets, target_notes), (foils, foil_notes) = answers
-    _check_apart(tokenizer, targets, foils)
-    notes = (*encoding.notes, *subject_notes, *target_notes, *foil_notes)
-    if notes and tell:
+    target_id, target_notes = _target_of(tokenizer, target, text, ids, first_target_token)
+    _check_target(tokenizer, target, target_id, vocabulary)
+    notes = (*encoding.notes, *subject_notes, *target_notes)
+    if flag("tell", tell, error=PromptError) and notes:
         logger.warning("%s", "; ".join(notes))
     return Prompt(
         text=text,
@@ -109,69 +93,35 @@ def encode(
         tokens=tokens,
         span=span,
         subject=_subject_text(tokenizer, subject, ids[slice(*span)]),
-        target_id=targets[0] if targets else None,
+        target_id=target_id,
         notes=notes,
-        further_targets=targets[1:],
-        foil_ids=foils,
     )
 
 
-def subjects_of(tokenizer: Any, subjects: Any, vocabulary: int) -> list[list[int]]:
+def subjects_of(tokenizer: Any, subjects: Iterable[str | Sequence[int]], vocabulary: int) -> list[list[int]]:
     """Subjects to measure noise on, as token ids.
 
     Args:
         tokenizer: a Hugging Face tokenizer; None if they are given as token ids.
-        subjects: texts or lists of token ids; one text, or one list of ids, is one subject.
+        subjects: texts or lists of token ids.
         vocabulary: number of token ids the model knows.
 
     Raises:
-        PromptError: there are none, or one is neither text nor token ids, has no tokens, or such as the model does not
-            know.
+        PromptError: there are none, or one has no tokens, or tokens that the model does not know.
     """
-    given = [subjects] if isinstance(subjects, str) else _listed(subjects)
-    if given and all(_whole(value) is not None for value in given):
-        given = [given]
-    if not given:
+    found = [(item, plain_ids(tokenizer, item) if isinstance(item, str) else list(item)) for item in subjects]
+    if not found:
         raise PromptError("there are no subjects to measure the noise on: give texts or lists of token ids")
-    found = [plain_ids(tokenizer, item) if isinstance(item, str) else _ids_of(item) for item in given]
-    for item, ids in zip(given, found, strict=True):
+    for item, ids in found:
         if not ids:
             raise PromptError(f"a subject to measure the noise on is {item!r}, which has no tokens; leave it out")
         _check_ids(f"subject {item!r}", tokenizer, ids, vocabulary)
-    return found
+    return [ids for _, ids in found]
 
 
-def _listed(values: Any) -> list[Any]:
-    """The items of a list, an array or a tensor."""
-    values = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(values, Iterable) or isinstance(values, bytes):
-        raise PromptError(f"expected texts or lists of whole token ids, found {values!r}")
-    return list(values)
-
-
-def _whole(value: Any) -> int | None:
-    """A whole number of any package as Python's; None if it is something else, such as a bool."""
-    if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
-
-
-def _ids_of(values: Any) -> list[int]:
-    found = [_whole(value) for value in _listed(values)]
-    ids = [value for value in found if value is not None]
-    if len(ids) < len(found):
-        raise PromptError(f"a prompt is text or a list of whole token ids; found {values!r}")
-    return ids
-
-
-def _given_ids(prompt: Sequence[Any]) -> Encoding:
-    ids = _ids_of(prompt)
-    if not ids:
-        raise PromptError("the prompt is empty; give at least one token")
-    return Encoding(ids, offsets=None, notes=[])
+def _plain(value: str, name: str) -> str:
+    """A text of Python's own; whether it says enough is judged where it is tokenized."""
+    return checked_text(name, value, error=PromptError, empty=True)
 
 
 def _encoded(tokenizer: Any, text: str) -> Encoding:
@@ -200,17 +150,16 @@ def _check_length(ids: Sequence[int], max_positions: int | None) -> None:
 
 
 def _span_of(
-    subject: Any, start: int | None, text: str | None, offsets: Offsets | None, tokens: tuple[str, ...]
+    subject: str | tuple[int, int],
+    start: int | None,
+    text: str | None,
+    offsets: Offsets | None,
+    tokens: tuple[str, ...],
 ) -> tuple[tuple[int, int], list[str]]:
     """The subject's tokens, and what the user should be told about them."""
     if isinstance(subject, str):
         return _found_span(subject.strip(), start, text, offsets, tokens)
-    try:
-        begin, end = map(_whole, subject)
-    except (TypeError, ValueError):
-        begin = end = None
-    if begin is None or end is None:
-        raise PromptError(f"subject is {subject!r}; give its text, or a half-open token span such as (0, 4)")
+    begin, end = subject
     if not 0 <= begin < end <= len(tokens):
         raise PromptError(
             f"subject span {(begin, end)} covers no tokens of a prompt of {len(tokens)}; "
@@ -282,34 +231,21 @@ def _subject_text(tokenizer: Any, subject: Any, ids: Sequence[int]) -> str | Non
     return None if tokenizer is None else decoded(tokenizer, ids).strip()
 
 
-def _answers(
-    tokenizer: Any, name: str, given: Any, text: str | None, ids: Sequence[int], first: bool, vocabulary: int
-) -> tuple[tuple[int, ...], list[str]]:
-    """Tokens of a target or a foil, each once, and what the user should be told about them; none if None is given."""
-    if given is None:
-        return (), []
-    found: list[int] = []
-    notes: list[str] = []
-    for each in given if isinstance(given, list | tuple) else [given]:
-        token = _whole(each)
-        if isinstance(each, str):
-            token, told = target_token(tokenizer, each, text, ids, first)
-            notes += told if name == "target" else [f"the foil as a {note}" for note in told]
-        if token is None or not 0 <= token < vocabulary:
-            found_id, advice = (token, _too_many(tokenizer, vocabulary)) if isinstance(each, str) else (each, "")
-            raise PromptError(f"{name} is {found_id!r}; give text, or a token id from 0 to {vocabulary - 1}{advice}")
-        found.append(token)
-    if not found:
-        raise PromptError(f"{name} is an empty list: give one or more, or None")
-    return tuple(dict.fromkeys(found)), notes
+def _target_of(
+    tokenizer: Any, target: Any, text: str | None, ids: Sequence[int], first: bool
+) -> tuple[int | None, list[str]]:
+    """The target's token, and what the user should be told about it."""
+    if target is None:
+        return None, []
+    if isinstance(target, str):
+        return target_token(tokenizer, _plain(target, "target"), text, ids, first)
+    return whole_number("target", target, meaning="a token id; or give text", error=PromptError), []
 
 
-def _check_apart(tokenizer: Any, targets: Iterable[int], foils: Iterable[int]) -> None:
-    for token in set(targets) & set(foils):
-        raise PromptError(
-            f"target and foil both have token {token} ({token_text(tokenizer, token)!r}): their difference would be 0 "
-            "everywhere; give a foil with another first token"
-        )
+def _check_target(tokenizer: Any, target: Any, target_id: int | None, vocabulary: int) -> None:
+    if target_id is not None and not 0 <= target_id < vocabulary:
+        advice = _too_many(tokenizer, vocabulary) if isinstance(target, str) else ""
+        raise PromptError(f"target is {target_id}; give text, or a token id from 0 to {vocabulary - 1}{advice}")
 
 
 def _numbered(tokens: tuple[str, ...]) -> str:

@@ -256,7 +256,7 @@ def test_an_overwrite_that_is_cut_short_leaves_no_data_file_and_is_refused_until
     assert "trace.parquet" not in names_in(out)
     done = trace(folder, "--out", out, "--seed", 2)
     assert done.exit_code == 2
-    assert "of a run that cannot be told" in done.stderr
+    assert "of an unreadable earlier run" in done.stderr
     (tmp_path / ".fasttrace-0123456789abcdef").mkdir()  # of a writer that was killed
     assert trace(folder, "--out", out, "--seed", 2, "--overwrite").exit_code == 0
     assert names_in(out) == DATA_FILES
@@ -286,7 +286,7 @@ def test_files_of_a_run_that_cannot_be_told_are_not_replaced(folder, tmp_path, w
     (tmp_path / "figure.png").write_text("somebody's")
     done = trace(folder, "--out", tmp_path)
     assert done.exit_code == 2
-    assert "figure.png of a run that cannot be told" in done.stderr
+    assert "figure.png of an unreadable earlier run" in done.stderr
     assert names_in(tmp_path) == ["figure.png"]
 
 

@@ -96,6 +96,7 @@ def test_weights_that_come_to_a_gpu_give_the_grids_of_the_cpu():
         assert error(ENGINES[engine](offloaded, job, lambda: None), expected) < 1e-4
 
 
+@pytest.mark.slow
 @needs_shared_weights
 def test_two_processes_that_share_the_weights_give_the_grids_of_one(tmp_path):
     model = tiny_model("llama")

@@ -14,6 +14,7 @@ from fasttrace.engines.job import pack_of_jobs
 from fasttrace.errors import EngineError, NumericsError
 from fasttrace.experiment.cells import SITES, STREAMS, Edit
 from fasttrace.models.hooks import output_hook
+from fasttrace.planning.on_device import Writes
 from fasttrace.planning.packs import forget
 from tests.conftest import FAMILIES, N_LAYERS, all_grids, make_job, relative_error, tiny_anatomy, tiny_model
 
@@ -122,9 +123,13 @@ def test_a_wrong_index_table_is_noticed(family, engine, monkeypatch):
 
     def shifted(*arguments):
         tables = right(*arguments)
-        edits = [block.attention and (block.attention[0], block.attention[1] - 1) for block in tables.blocks]
-        blocks = [replace(block, attention=each) for block, each in zip(tables.blocks, edits, strict=True)]
-        return replace(tables, blocks=blocks)
+        return replace(tables, blocks=[replace(block, writes=neighbours(block.writes)) for block in tables.blocks])
+
+    def neighbours(writes):
+        return {
+            site: replace(each, tokens=each.tokens and (each.tokens[0], each.tokens[1] - 1))
+            for site, each in writes.items()
+        }
 
     job = make_job(7, (1, 4), 2, all_grids(("attention_output",), 3, 7))
     expected = run("reference", family, job)
@@ -263,7 +268,7 @@ def test_restoring_works_on_outputs_that_are_not_contiguous():
     hidden = torch.arange(24.0).reshape(2, 4, 3).transpose(0, 1)
     expected = hidden.clone()
     expected[2, 1] = expected[0, 0]
-    restored = restore(hidden, (torch.tensor([5]), torch.tensor([0])))
+    restored = restore(hidden, Writes((torch.tensor([5]), torch.tensor([0])), None, torch.zeros(0)))
     assert torch.equal(restored, expected)
 
 

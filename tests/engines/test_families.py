@@ -1,5 +1,6 @@
 """Every engine that claims a family gives the reference's grids; broken on purpose, it does not."""
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -10,8 +11,8 @@ from fasttrace.engines import ENGINES, reference
 from fasttrace.engines import self_check as select
 from fasttrace.engines.job import Job
 from fasttrace.errors import FasttraceError
-from fasttrace.experiment.cells import grid_cells
-from fasttrace.experiment.corruption import draw, sigma_of
+from fasttrace.experiment.cells import RUNS, ZERO, Edit, EditsIn, grid_cells
+from fasttrace.experiment.corruption import Counterfactual, draw, sigma_of
 from fasttrace.models.anatomy import anatomy_of
 from tests.helpers import zoo
 from tests.helpers.families import IN_EARLY_5, MUTATIONS, best_engine, family_model, skip_if_capless
@@ -49,6 +50,7 @@ def error_of(engine, name, dtype=torch.float32):
     return max(np.abs(given - wanted).max() for given, wanted in pairs) / np.ptp(expected.cells)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*zoo.LISTED, *zoo.VARIANTS])
 def test_engines_equal_plain_forward_passes_and_the_best_one_is_chosen(name):
     anatomy, _, expected = case(name)
@@ -58,6 +60,35 @@ def test_engines_equal_plain_forward_passes_and_the_best_one_is_chosen(name):
     choice = select.choose(anatomy)
     assert choice.name == best_engine(name)
     assert choice.self_check_error < 1e-4
+
+
+@pytest.mark.parametrize("name", zoo.LISTED)
+@pytest.mark.parametrize("of", ["noise", "counterfactual"])
+def test_either_direction_and_vectors_are_right_in_every_family(name, of):
+    anatomy, job, _ = case(name)
+    runs = job.runs
+    if of == "counterfactual":
+        other = [token + (2 <= at < 5) for at, token in enumerate(job.token_ids.tolist())]
+        runs = Counterfactual([other]).runs(job.token_ids.tolist(), (0, 1), anatomy)
+    places = [(0, 0), (0, 2), (1, 4), (anatomy.n_layers - 1, 2), (anatomy.n_layers - 1, 6)]
+    cells = [
+        EditsIn(background, tuple(Edit(stream, min(layer + more, anatomy.n_layers - 1), at, source) for more in (0, 1)))
+        for background in RUNS
+        for source in (*RUNS, ZERO)
+        for stream in anatomy.streams
+        for layer, at in places
+    ]
+    job = Job(job.token_ids, runs, tuple(map(once, cells)), None)
+    expected = reference.run(anatomy, job, lambda: None, rows=1000)
+    for engine in {best_engine(name), "rows"}:
+        scores = ENGINES[engine](anatomy, job, lambda: None)
+        difference = np.abs(scores.cells - expected.cells).max() / np.ptp(expected.cells)
+        assert difference < 1e-4, engine
+
+
+def once(cell):
+    """Without repeated edits."""
+    return replace(cell, edits=tuple(dict.fromkeys(cell.edits)))
 
 
 @pytest.mark.parametrize("name", [name for name in zoo.LISTED if name not in NOT_IN_FLOAT64])

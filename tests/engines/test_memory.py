@@ -30,6 +30,7 @@ def peak_bytes(run):
     return int(np.cumsum([size for _, size in sizes]).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fuse", [True, False], ids=["chunked", "whole"])
 @pytest.mark.parametrize("engine", ["wavefront", "rows"])
 @pytest.mark.parametrize("name", SHAPES)
@@ -58,6 +59,7 @@ def out_of_memory_above(limit, engine, packs):
     return replace(right, run=small)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["wavefront", "rows"])
 def test_a_pass_that_runs_out_of_memory_is_split_and_nothing_is_lost(engine, monkeypatch, caplog):
     tracer = fasttrace.Tracer(zoo.tiny_model("gpt2"))

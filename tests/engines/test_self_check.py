@@ -154,6 +154,7 @@ def test_memory_that_runs_out_in_a_check_is_an_error_and_no_verdict(family, monk
     assert select.choose(anatomy).name == "wavefront"
 
 
+@pytest.mark.slow
 def test_plain_passes_that_do_not_fit_are_made_smaller(family, monkeypatch):
     anatomy = anatomy_of(tiny_model(family))
     right = select.reference.run

@@ -173,6 +173,7 @@ def test_an_error_in_one_thread_leaves_the_model_to_the_others(family, error):
     assert_as_it_was(model)
 
 
+@pytest.mark.slow
 def test_generators_take_turns_pack_by_pack(family):
     tracer = tracer_with_text(family)
     facts, options = facts_of(4), {"samples": 1, "budget": 1, "window": 3}

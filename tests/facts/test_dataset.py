@@ -535,8 +535,13 @@ def test_skipped_rows_are_logged_once_with_the_first_reasons(caplog):
 def test_json_rows_are_placed_on_the_line_they_begin_on(tmp_path):
     path = tmp_path / "facts.json"
     good = json.dumps(GOOD)
-    path.write_text(f'\n[\n  {good},\n  {{"prompt":\n    "a b"}}\n  , {good}, 5,\n\n  []]\n')
-    assert [(bad.line, bad.unit) for bad in read_facts(path).bad] == [(4, "line"), (6, "line"), (8, "line")]
+    path.write_text(f'\n[\n  {good},\n  {{"prompt":\n    "a b"}}\n  , {good}, 5,\n\n  [],[{{}},\n1]]\n')
+    assert [(bad.line, bad.unit) for bad in read_facts(path).bad] == [
+        (4, "line"),
+        (6, "line"),
+        (8, "line"),
+        (8, "line"),
+    ]
 
 
 def test_json_rows_on_one_line_are_counted_as_entries(tmp_path):
@@ -672,9 +677,9 @@ def test_another_encoding_is_refused_with_its_line(tmp_path, suffix):
         ("", r"is not JSON \(line 1, column 1: Expecting value"),
         ("prompt,subject", r"is not JSON \(line 1, column 1"),
         ("[{}\n, ", r"is not JSON \(line 2, column 3: Expecting value"),
-        ("[{},\n]", r"is not JSON \(line 2, column 1: Expecting value"),
-        ("[{}\n{}]", r"is not JSON \(line 2, column 1: Expecting ',' or ']'"),
-        ("[{}", r"is not JSON \(line 1, column 4: Expecting ',' or ']'"),
+        ("[{},\n]", r"is not JSON \(line \d, column \d: (Expecting value|Illegal trailing)"),  # of Python 3.13
+        ("[{}\n{}]", r"is not JSON \(line 2, column 1: Expecting ',' delimiter"),
+        ("[{}", r"is not JSON \(line 1, column 4: Expecting ',' delimiter"),
         ("[", r"is not JSON \(line 1, column 2: Expecting value"),
         ("[{}] []", r"is not JSON \(line 1, column 6: Extra data"),
         ('{"prompt": 1}\n{"prompt": 2}', r"is not JSON \(line 2, .* one fact per line ends in .jsonl"),

@@ -127,6 +127,7 @@ def test_what_is_right_is_used_without_an_error(folder, use):
     assert use(folder) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", NONSENSE, ids=lambda value: repr(value)[:20])
 def test_nonsense_in_the_details_of_a_part_is_an_error_that_names_the_part(folder, use, value):
     table = pq.read_table(part_of(folder))
@@ -205,6 +206,7 @@ def test_texts_that_are_no_unicode_are_damage(folder, use):
     assert errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", NONSENSE, ids=lambda value: repr(value)[:20])
 def test_nonsense_in_a_manifest_is_an_error_that_names_it(folder, use, value):
     path = folder / "manifest.json"
@@ -237,6 +239,7 @@ def test_json_that_is_nested_deeply_or_is_no_object_is_no_manifest(folder, text)
         Store.open(folder, FINGERPRINT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", NONSENSE, ids=lambda value: repr(value)[:20])
 def test_nonsense_in_a_traces_file_is_an_error_that_names_it(tmp_path, value, monkeypatch):
     monkeypatch.setattr("fasttrace.files.writing._sync", lambda _: None)

@@ -42,6 +42,7 @@ def test_a_set_replaces_another_and_leaves_files_of_others_alone(tmp_path):
     assert not [name for name in os.listdir(tmp_path / "out") if name.startswith(".")]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("call", range(14))
 def test_a_writer_that_is_killed_leaves_files_of_one_set_and_a_mark_only_on_a_whole_one(tmp_path, call):

@@ -187,6 +187,7 @@ def failing(kernel, monkeypatch):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_a_kernel_that_fails_costs_a_warning_and_not_the_engine(name, error, failing, caplog):
@@ -224,6 +225,7 @@ def test_a_kernel_that_fails_between_the_passes_of_a_trace_is_told_of_the_whole(
     assert tracer.trace(**request, budget=40).metadata["attention_by"] == "kernel and groups"
 
 
+@pytest.mark.slow
 def test_a_kernel_that_runs_out_of_memory_makes_smaller_passes(failing):
     model = zoo.tiny_model("llama")
     tracer, request = Tracer(model), {"prompt": [5, 6, 7, 8, 9], "subject": (1, 3), "samples": 1, "window": 3}

@@ -346,6 +346,7 @@ def wide(monkeypatch):
 REQUEST = {"prompt": [5, 6, 7, 8, 9], "subject": (1, 3), "samples": 1, "window": 3}
 
 
+@pytest.mark.slow
 @needs_onednn
 @pytest.mark.parametrize("choice", [True, False])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

@@ -18,8 +18,9 @@ from tests.helpers.zoo import tiny_model
 
 FILE = Path(__file__).parents[1] / "golden.npz"
 ENGINES = ("wavefront", "fork", "rows", "reference")
-LIBRARY = "mkl"
-"""The library that multiplies: the choice by a stop watch would round differently from process to process."""
+LIBRARY, ENGINE, BUDGET = "mkl", "wavefront", 8192
+"""What multiplies, on which engine, in how large packs: choices by a stop watch or by free memory would round
+differently from process to process."""
 
 
 def machine() -> str:
@@ -33,7 +34,8 @@ def demo() -> dict[str, np.ndarray]:
     """The three grids that `fasttrace demo` draws, with two samples."""
     tracer = fasttrace.Tracer.from_pretrained("smollm2", cpu_matmul=LIBRARY)
     prompt = "The Eiffel Tower is located in the city of"
-    result = tracer.trace(prompt, subject="The Eiffel Tower", target=" Paris", samples=2)
+    result = tracer.trace(prompt, subject="The Eiffel Tower", target=" Paris", samples=2, engine=ENGINE, budget=BUDGET)
+    assert result.metadata["attention_by"] == "kernel", result.metadata
     return {
         **{f"demo {stream}": result.grid(stream) for stream in result.streams},
         "demo base": np.array([result.clean_prob, result.corrupted_prob]),

@@ -78,6 +78,7 @@ def test_the_number_of_threads_changes_no_bit(monkeypatch):
     assert started == [1, inside, 2, inside]
 
 
+@pytest.mark.slow
 def test_a_process_forked_off_one_in_which_numba_ran_computes_without_it():
     """In processes of their own: OpenMP ends a child that would use its parent's threads."""
     pytest.importorskip("numba")
@@ -97,6 +98,7 @@ def test_a_process_forked_off_one_in_which_numba_ran_computes_without_it():
     )
 
 
+@pytest.mark.slow
 def test_a_folder_of_compiled_code_that_fails_costs_one_compilation(monkeypatch, caplog):
     pytest.importorskip("numba")
     q, k, v, layout = case(5, HEADS[0])
@@ -133,6 +135,7 @@ def test_a_numba_that_cannot_be_imported_is_done_without(error, monkeypatch, cap
     assert caplog.text.count("Numba needs NumPy") == (type(error) is ImportError)
 
 
+@pytest.mark.slow
 def test_torch_keeps_its_number_of_threads():
     """In a process of its own: numba starts its threads once."""
     pytest.importorskip("numba")
@@ -305,6 +308,7 @@ def test_tiles_of_the_advised_size_fill_one_program(group, dtype):
         assert tokens * module._fold(group) <= block_m < (tokens + 1) * module._fold(group) or tokens == 1
 
 
+@pytest.mark.slow
 def test_importing_the_kernels_imports_no_compiler():
     code = "import sys, fasttrace_kernels.suffix_attention;sys.exit('triton' in sys.modules or 'numba' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})

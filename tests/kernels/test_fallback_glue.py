@@ -247,6 +247,7 @@ def test_a_kernel_refuses_to_lose_a_gradient(name):
     assert (result[0] if name == "rotary" else result).requires_grad
 
 
+@pytest.mark.slow
 def test_modules_import_without_triton():
     names = ", ".join(f"fasttrace_kernels.{name}" for name in CALLS)
     code = f"import sys; sys.modules['triton'] = None; sys.path[:0] = {sys.path!r}; import {names}"

@@ -373,6 +373,7 @@ def test_padding_truncation_and_chat_templates_of_a_tokenizer_do_not_count():
 # What is made of it: folders, results, names.
 
 
+@pytest.mark.slow
 def test_a_traces_folder_takes_the_same_model_from_elsewhere_and_no_edited_one(folder, tmp_path, monkeypatch):
     out = tmp_path / "out"
     request = ("trace", *TRACE, "--out", out)
@@ -393,6 +394,7 @@ def test_a_traces_folder_takes_the_same_model_from_elsewhere_and_no_edited_one(f
     assert "holds a run that does not say on which weights it was made" in done.stderr
 
 
+@pytest.mark.slow
 def test_no_path_of_a_model_is_in_any_file(folder, tmp_path):
     secret = Path(shutil.copytree(folder, tmp_path / "alice_secret" / "her model"))
     tracer = loaded(secret)
@@ -499,6 +501,7 @@ def started(launcher, tmp_path, model, facts):
     return launcher.run("run", "--model", model, "--facts", facts, "--out", tmp_path / "run", *FLAGS)
 
 
+@pytest.mark.slow
 def test_processes_with_different_facts_all_refuse_and_name_the_first(saved, tmp_path, launcher):
     write_facts(tmp_path / "facts0.jsonl", facts_of(9))
     text = (tmp_path / "facts0.jsonl").read_text()
@@ -513,6 +516,7 @@ def test_processes_with_different_facts_all_refuse_and_name_the_first(saved, tmp
     assert "(fact '8' in process 0, None in process 1)" in said
 
 
+@pytest.mark.slow
 def test_a_trial_goes_on_with_more_facts_in_two_processes_with_its_noise(saved, tmp_path, launcher):
     facts = write_facts(tmp_path / "facts.jsonl", facts_of(6))
     request = ("run", "--model", saved, "--facts", facts, "--out", tmp_path / "run", "--samples", 1, "--window", 3)
@@ -528,6 +532,7 @@ def test_a_trial_goes_on_with_more_facts_in_two_processes_with_its_noise(saved, 
     assert len(sigmas) == 1
 
 
+@pytest.mark.slow
 def test_processes_with_different_models_all_refuse_and_say_in_what(saved, tmp_path, launcher):
     facts = write_facts(tmp_path / "facts.jsonl", facts_of(3))
     for rank in (0, 1):

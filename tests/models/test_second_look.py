@@ -116,6 +116,7 @@ def test_corrupted_and_restored_runs_know_no_subject_but_its_noised_embedding(na
     assert np.abs(one.corrupted - other.corrupted).max() > 1e-5, "the second look must matter"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BEST)
 @pytest.mark.parametrize(("ids", "span"), [(PROMPT, (2, 4)), (PROMPT, (0, 2)), (PROMPT, (5, 7)), ((5,), (0, 1))])
 def test_all_cells_are_those_of_plain_forward_passes(name, ids, span):

@@ -50,6 +50,7 @@ def test_prompts_of_any_length_span_and_samples_share_a_pass(family):
         assert_same(scores, plain(anatomy, job), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in LISTED if name not in (*OWN_ATTENTION, *RECURRENT)])
 def test_prompts_share_a_pass_in_every_family_of_the_wavefront(name):
     """Windows, soft caps, learnt and rotary positions, shared keys, latent attention, experts."""
@@ -119,7 +120,7 @@ def test_tables_of_a_common_pack_are_well_formed(shapes):
             assert block.mlp_spread.max() < len(block.mlp_keep)
         n_previous = block.n_tokens
     assert max(block.n_tokens for block in pack.blocks) == peak_tokens(plans)
-    assert len(pack.last_tokens) == sum(plan.last_tokens.size for plan in plans)
+    assert len(pack.read_tokens) == sum(plan.last_tokens.size for plan in plans)
 
 
 def assert_covers(block, pack):

@@ -180,7 +180,7 @@ def test_tables_of_any_figure_are_well_formed(n_layers, n_positions, samples, wi
         assert block.source is None or (block.source.min() >= 0 and block.source.max() < previous)
         assert block.n_tokens == sum(len(g.base) * g.tile_rows * (g.stop - g.first) for g in block.groups)
         assert [g.start for g in block.groups] == sorted({g.start for g in block.groups})
-        for to, taken_from in ((block.attention_to, block.attention_from), (block.mlp_to, block.mlp_from)):
+        for to, taken_from in ((write.to, write.taken_from) for write in block.writes):
             assert len(set(to.tolist())) == len(to)
             assert (taken_from < (1 + samples) * n_positions).all()
             assert (to >= (1 + samples) * n_positions).all()
@@ -216,7 +216,7 @@ def test_an_edit_that_makes_no_sense_is_an_error(cells, message):
 
 
 @pytest.mark.parametrize(
-    "shape", [Shape(0, 5, (0, 1), 1), Shape(4, 5, (2, 2), 1), Shape(4, 5, (3, 6), 1), Shape(4, 5, (0, 1), 0)]
+    "shape", [Shape(0, 5, (0, 1), 1), Shape(4, 5, (2, 2), 1), Shape(4, 5, (3, 6), 1), Shape(4, 5, (0, 1), -1)]
 )
 def test_a_shape_without_anything_to_trace_is_an_error(shape):
     with pytest.raises(PlanError, match=r"trace|span"):

@@ -1,6 +1,5 @@
 import itertools
 import math
-import time
 
 import numpy as np
 import pandas as pd
@@ -10,6 +9,7 @@ from fasttrace.errors import PlanError, StoreError
 from fasttrace.reports.averages import ROLES, average, token_roles
 from fasttrace.results.metric_grids import MetricGrids
 from tests.helpers.averaged import N_LAYERS, SHAPES, STREAMS, facts, make_result, record
+from tests.helpers.counts import calls_in
 
 
 def one_role(values_by_fact):
@@ -362,11 +362,16 @@ def test_frames_are_copies():
     assert (averages.totals()["mean"] != 0).all()
 
 
-def test_a_thousand_facts_of_a_large_model_take_seconds():
+def test_work_grows_with_the_number_of_facts_and_no_faster():
     result = make_result((1, 5), 11, n_layers=48)
-    records = (record(result, str(i)) for i in range(1209))
-    started = time.perf_counter()
-    averages = average(records, bootstrap=1000)
-    assert time.perf_counter() - started < 20
+    few, some, averages = (averaged(result, facts) for facts in (3, 103, 1209))
+    per_fact = (some[1] - few[1]) / 100
+    assert averages[1] <= few[1] + 1.1 * per_fact * 1206
+    averages = averages[0]
     assert averages.facts == 1209
     assert len(averages.to_frame()) == 3 * 7 * 48
+
+
+def averaged(result, facts):
+    """Averages of a result that many times, and the calls they took."""
+    return calls_in(lambda: average((record(result, str(i)) for i in range(facts)), bootstrap=100))

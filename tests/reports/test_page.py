@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import sys
-import time
 
 import numpy as np
 import pandas as pd
@@ -18,6 +17,7 @@ from fasttrace.reports.averages import average
 from fasttrace.reports.page import write_report
 from fasttrace.results.record import Record
 from tests.helpers.averaged import STREAMS, make_result, record
+from tests.helpers.counts import calls_in
 
 pytest.importorskip("plotly")
 
@@ -165,13 +165,16 @@ def test_line_ends_of_scripts_are_those_the_browser_hashes():
     assert report._embeddable("a\r\nb\rc\n") == "a\nb\nc\n"
 
 
-def test_1209_facts_of_a_large_model_stay_under_25_mb(tmp_path):
+def test_1209_facts_of_a_large_model_stay_under_25_mb_and_work_grows_no_faster_than_they_do(tmp_path):
     result = make_result((1, 5), 11, n_layers=48, metadata={**RUN, "prompt": "The mother tongue of X is"})
-    given = (record(result, str(i)) for i in range(1209))
-    started = time.perf_counter()
-    path = write_report(given, tmp_path / "report.html")
-    assert time.perf_counter() - started < 30
-    assert path.stat().st_size < 25e6
+
+    def written(facts):
+        given = (record(result, str(i)) for i in range(facts))
+        return calls_in(lambda: write_report(given, tmp_path / f"{facts}.html"))[1]
+
+    _, few, some, many = map(written, (1, 3, 103, 1209))  # the first imports what it needs
+    assert many <= few + 1.1 * (some - few) / 100 * 1206
+    assert (tmp_path / "1209.html").stat().st_size < 25e6
 
 
 def test_an_interrupted_report_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):

@@ -203,6 +203,7 @@ def test_the_layer_axis_has_at_most_ten_numbers(n_layers, last):
 LONG = ("<|im_start|>", *(f" Constantinopolitan{i}" * (i % 5 == 0) or f" word{i}" for i in range(24)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tokens", "n_layers", "streams"),
     [

@@ -78,6 +78,7 @@ def ranks_in(out):
 # Real launchers.
 
 
+@pytest.mark.slow
 def test_torchrun_gives_the_records_of_one_process_bit_for_bit_and_one_process_speaks(home, tmp_path, alone):
     done = finished(*torchrun(), "fasttrace", *arguments(home, tmp_path, "--budget", SMALL))
     assert done.returncode == 0, done.stderr[-4000:]
@@ -90,6 +91,7 @@ def test_torchrun_gives_the_records_of_one_process_bit_for_bit_and_one_process_s
     assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "parts"]
 
 
+@pytest.mark.slow
 def test_accelerate_launch_shares_facts_out_too(home, tmp_path, alone):
     launch = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2)
     settings = ("--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0)
@@ -100,6 +102,7 @@ def test_accelerate_launch_shares_facts_out_too(home, tmp_path, alone):
     assert done.stdout.count("60 facts traced") == 1
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_at_its_start_ends_the_launch_with_an_error(home, tmp_path):
     script = "import os, sys; os.environ['RANK'] == '1' and os._exit(7); from fasttrace.cli.app import app; app()"
     launch = (*torchrun()[:-1], "--no-python", sys.executable, "-c", script)
