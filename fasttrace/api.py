@@ -22,6 +22,7 @@ from fasttrace.facts.dataset import Fact, FactSet, check_answers, read_facts
 from fasttrace.fusing.cpu_linears import library_asked
 from fasttrace.models.anatomy import Anatomy, anatomy_of, module_paths
 from fasttrace.models.arguments import check_model, check_modules, checked_label, checked_name, explain_call
+from fasttrace.models.gguf import described
 from fasttrace.models.identity import identity_of, shown_name
 from fasttrace.models.loading import load
 from fasttrace.prompts.prompt import Prompt, encode, subjects_of
@@ -117,7 +118,8 @@ class Tracer:
         """Loads a model.
 
         Args:
-            name: Hugging Face id, local folder (of a PEFT adapter too), or "smollm2", the embedded model.
+            name: Hugging Face id, local folder (of a PEFT adapter too), GGUF file (a path, or owner/name/file.gguf of
+                the Hub), or an embedded model: "smollm2", "gemma3-270m".
             dtype: "auto" is float16 on a GPU and float32 on a CPU.
             device: "auto" is the first GPU if there is one.
             revision: of the Hugging Face repository.
@@ -399,6 +401,7 @@ class Tracer:
         sigma = sigma_of(noise, self._anatomy.embedding, ids, self.device)
         _check_sigma(noise, sigma, self.dtype)
         about = {"model": self.name, "revision": self.revision, "fuse": self.fuse}
+        about |= described(self.model.config, self.dtype)
         about |= {"trust_remote_code": True} if self.trust_remote_code else {}
         budget = Budget(tokens_allowed(self._anatomy, settings.budget))
         return Study(self._anatomy, self.tokenizer, settings, windows, sigma, choice, self.fuse, budget, about)

@@ -1,7 +1,8 @@
 """Checks of arguments: a plain value of Python's own comes out, or an error that names the argument.
 
-Scalars of numpy and torch are taken where a number, a flag or a text is meant; True is no number. Nothing here imports
-numpy or torch, so that the command line can check its options before either is loaded.
+Most take the argument's name, for the message, the value that was given, and as `error` the class of the error to
+raise: a FasttraceError. Scalars of numpy and torch are taken where a number, a flag or a text is meant; True is not a
+number. Nothing here imports numpy or torch, so that the command line can check its options before either is loaded.
 """
 
 import os
@@ -86,10 +87,10 @@ def whole_number(
     meaning: str = "",
     error: Errors = PlanError,
 ) -> int:
-    """A whole number, also of numpy or torch, in a range whose ends are allowed.
+    """A whole number, also of numpy or torch; neither True nor 3.0 is one.
 
     Args:
-        name: of the argument.
+        name: argument's name.
         value: what was given.
         least: smallest number allowed.
         most: largest number allowed.
@@ -97,7 +98,7 @@ def whole_number(
         error: class of the error.
 
     Raises:
-        FasttraceError: of the class `error`: it is none, or outside the range. True and 3.0 are none.
+        FasttraceError: it is not a whole number, or outside the range.
     """
     number = _plain(value)
     try:
@@ -117,7 +118,7 @@ def real_number(
     """A finite number, also of numpy or torch; see `whole_number`.
 
     Raises:
-        FasttraceError: of the class `error`: it is none, not finite, or too small.
+        FasttraceError: it is not a number, not finite, or too small.
     """
     number = _plain(value)
     found = None
@@ -135,7 +136,7 @@ def flag(name: str, value: Any, *, error: Errors = PlanError) -> bool:
     """True or False, also of numpy or torch.
 
     Raises:
-        FasttraceError: of the class `error`: it is neither; 0, 1 and "no" are neither.
+        FasttraceError: it is neither; 0, 1 and "no" are neither.
     """
     found = _plain(value)
     if not isinstance(found, bool):
@@ -144,23 +145,19 @@ def flag(name: str, value: Any, *, error: Errors = PlanError) -> bool:
 
 
 def text(name: str, value: Any, *, error: Errors = PlanError, empty: bool = False) -> str:
-    """A text that can be stored, a plain one also of numpy's and of an enum's.
+    """A text that can be stored: a plain `str`, also from numpy's texts and from enums.
 
-    Args:
-        name: of the argument.
-        value: what was given.
-        error: class of the error.
-        empty: whether nothing but white space will do.
+    With `empty` it may be empty, or nothing but white space.
 
     Raises:
-        FasttraceError: of the class `error`: it is none, is empty, or holds half of a character.
+        FasttraceError: it is not text, is empty, or holds half of a character.
     """
     value = _plain(value)
     if not isinstance(value, str):
         raise error(f"{name} is {shown(value)}: expected text")
     found = str.__str__(value)
     if not empty and not found.strip():
-        raise error(f"{name} is {shown(found)}, which is empty: expected text")
+        raise error(f"{name} is empty: expected text")
     try:
         found.encode()
     except UnicodeEncodeError:
@@ -168,29 +165,23 @@ def text(name: str, value: Any, *, error: Errors = PlanError, empty: bool = Fals
     return found
 
 
-def one_of(name: str, value: Any, known: Sequence[str], *, error: Errors = PlanError) -> str:
+def one_of(name: str, value: Any, names: Sequence[str], *, error: Errors = PlanError) -> str:
     """One of some names.
 
     Raises:
-        FasttraceError: of the class `error`: it is none of them.
+        FasttraceError: it is not among them.
     """
     found = _plain(value)
-    if not isinstance(found, str) or str.__str__(found) not in known:
-        raise error(f"unknown {name} {shown(value)}: give one of {', '.join(known)}")
+    if not isinstance(found, str) or str.__str__(found) not in names:
+        raise error(f"unknown {name} {shown(value)}: give one of {', '.join(names)}")
     return str.__str__(found)
 
 
 def path_of(name: str, value: Any, *, file: bool = False, error: Errors = StoreError) -> Path:
-    """A path from a text or a path.
-
-    Args:
-        name: of the argument.
-        value: what was given.
-        file: whether it has to end in a name, as that of a file to be written does.
-        error: class of the error.
+    """A path from a text or a path; with `file` one that ends in a name, as that of a file to be written does.
 
     Raises:
-        FasttraceError: of the class `error`: it is none, is empty, or has a character that no path has.
+        FasttraceError: it is not a path, is empty, or has a character or a name that no path has.
     """
     try:
         found = os.fspath(value)
@@ -218,17 +209,10 @@ def function(name: str, value: Any) -> Any:
 
 
 def instance(name: str, value: Any, kind: type, source: str, *, error: Errors = PlanError) -> Any:
-    """An object of one of our classes.
-
-    Args:
-        name: of the argument.
-        value: what was given.
-        kind: the class.
-        source: where such an object comes from.
-        error: class of the error.
+    """An object of one of our classes; `source` tells where to get one.
 
     Raises:
-        FasttraceError: of the class `error`: it is of another class.
+        FasttraceError: it is of another class.
     """
     if not isinstance(value, kind):
         raise error(f"{name} is {shown(value)}: expected a {kind.__name__}, as from {source}")
@@ -236,17 +220,10 @@ def instance(name: str, value: Any, kind: type, source: str, *, error: Errors = 
 
 
 def objects(name: str, value: Any, kind: type, source: str, *, error: Errors = PlanError) -> Iterator[Any]:
-    """Objects of one of our classes from any iterable, asked for one by one.
-
-    Args:
-        name: of the argument.
-        value: what was given.
-        kind: the class.
-        source: where such objects come from.
-        error: class of the error.
+    """Objects of one of our classes from any iterable, asked for one by one; see `instance`.
 
     Raises:
-        FasttraceError: of the class `error`: there are no items, or, when its turn comes, one of another class.
+        FasttraceError: it cannot be iterated over, or, once reached, an item is of another class.
     """
     try:
         each = None if isinstance(value, str | bytes | Mapping | type) else iter(value)
@@ -261,7 +238,7 @@ def mapping(name: str, value: Any, *, error: Errors = PlanError) -> Mapping[Any,
     """A dict, or what acts as one.
 
     Raises:
-        FasttraceError: of the class `error`: it is none.
+        FasttraceError: it is not.
     """
     if not isinstance(value, Mapping):
         raise error(f"{name} is {shown(value)}: expected a dict")
@@ -271,17 +248,11 @@ def mapping(name: str, value: Any, *, error: Errors = PlanError) -> Mapping[Any,
 def items(name: str, value: Any, wanted: str, *, error: Errors = PlanError) -> list[Any]:
     """The items of a list, a tuple, an array, a table's column or a generator.
 
-    Sets are refused because their order changes from start to start, dicts and bytes because their items are not what
-    is meant.
-
-    Args:
-        name: of the argument.
-        value: what was given; a text has to be told apart before.
-        wanted: what is expected, such as "a list of names".
-        error: class of the error.
+    Sets are refused because their order changes from start to start; text, dicts and bytes because their items are not
+    what is meant. `wanted` says in the message what is expected, such as "a list of names".
 
     Raises:
-        FasttraceError: of the class `error`: it has no items, or no order.
+        FasttraceError: it has no items, no order, or too many items.
     """
     if isinstance(value, Set):
         raise error(f"{name} is {shown(value)}, and a set has no order: expected {wanted}")
@@ -299,7 +270,7 @@ def token_ids(name: str, value: Any, *, error: Errors = PromptError) -> list[int
     """Token ids from a list, an array or a tensor [token], or [1, token] as tokenizers give it.
 
     Raises:
-        FasttraceError: of the class `error`: an id is no whole number, or there are none.
+        FasttraceError: an id is not a whole number, or there are none.
     """
     if isinstance(value, Mapping) and "input_ids" in value:
         raise error(f"{name} is what a tokenizer returned: give its ['input_ids']")
@@ -315,7 +286,7 @@ def span_of(name: str, value: Any, *, error: Errors = PromptError) -> tuple[int,
     """A half-open token span from (begin, end), also as a list, array, tensor, range or slice.
 
     Raises:
-        FasttraceError: of the class `error`: it is none.
+        FasttraceError: it is not a span.
     """
     if isinstance(value, range | slice):
         begin, end, step = value.start, value.stop, value.step
@@ -332,10 +303,10 @@ def memory_for(name: str, value: int, needed: int, what: str) -> None:
     """Refuses a number whose consequences the free main memory cannot hold.
 
     Args:
-        name: of the argument.
+        name: argument's name.
         value: the number.
         needed: bytes that it takes, in proportion to it.
-        what: takes them.
+        what: what takes them, for the message.
 
     Raises:
         PlanError: it is too large, with the largest that will do.
@@ -352,7 +323,7 @@ def memory_for(name: str, value: int, needed: int, what: str) -> None:
 
 @contextmanager
 def memory_told(doing: str, advice: str = "lower samples or budget, or free memory") -> Iterator[None]:
-    """Turns running out of memory into an error that says what to do.
+    """Turns an out-of-memory error into one that says what to do.
 
     Raises:
         EngineError: memory ran out.

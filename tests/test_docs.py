@@ -155,9 +155,6 @@ def said(cell):
     return "\n".join(found)
 
 
-@pytest.mark.parametrize("page", ["planner.md", "extending.md"])
-def test_examples_of_a_page_give_what_it_says(page):
-    if not (ROOT / "docs" / page).exists():
-        pytest.skip(f"docs/{page} is not written")
-    failed, tried = doctest.testfile(str(ROOT / "docs" / page), module_relative=False)
+def test_examples_of_the_page_on_extending_give_what_it_says():
+    failed, tried = doctest.testfile(str(ROOT / "docs" / "extending.md"), module_relative=False)
     assert (failed, tried > 10) == (0, True)

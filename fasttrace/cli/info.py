@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from fasttrace import __version__
 from fasttrace.errors import ModelError
-from fasttrace.models import embedded as demo
+from fasttrace.models.cache import cache_folder
+from fasttrace.models.embedded import MODELS, has_model
 
 if TYPE_CHECKING:
     from fasttrace.api import Tracer
@@ -20,10 +21,10 @@ def rows() -> list[tuple[str, str]]:
     from fasttrace.models.loading import choose_device
 
     try:
-        cache = str(demo.cache_folder())
-        there = "there" if demo.has_model() else "not there yet; the first use fetches it (93 MB)"
+        cache = str(cache_folder())
+        models = [(name, _whether_there(name)) for name in MODELS]
     except ModelError as error:
-        cache, there = f"none: {error}", "not there"
+        cache, models = f"none: {error}", []
     return [
         ("fasttrace", __version__),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
@@ -31,8 +32,13 @@ def rows() -> list[tuple[str, str]]:
         *_device_rows(),
         ("device auto", str(choose_device("auto"))),
         ("cache", cache),
-        (demo.MODEL_NAME, there),
+        *models,
     ]
+
+
+def _whether_there(name: str) -> str:
+    fetched = MODELS[name].fetched / 1e6
+    return "there" if has_model(name) else f"not there yet; the first use fetches it ({fetched:.0f} MB)"
 
 
 def _device_rows() -> Iterator[tuple[str, str]]:

@@ -15,12 +15,14 @@ from fasttrace.cli.guard import tell
 from fasttrace.errors import ModelError, StoreError
 from fasttrace.experiment.cells import SITES, STREAMS
 from fasttrace.experiment.settings import Settings
-from fasttrace.models import embedded
 
 if TYPE_CHECKING:
     from fasttrace.api import Tracer
 
-Model = Annotated[str, typer.Option(help='A Hugging Face id, a local folder, or "smollm2", the embedded model.')]
+Model = Annotated[
+    str,
+    typer.Option(help="A Hugging Face id, a local folder, a GGUF file, or an embedded model: smollm2, gemma3-270m."),
+]
 Revision = Annotated[str | None, typer.Option(help="Revision of the Hugging Face repository.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0, ...")]
@@ -191,8 +193,6 @@ def load_model(model: str, *, say: bool = True, **options: Any) -> "Tracer":
 
     places = ("dtype", "device", "device_map", "offload_folder")
     check_place(**{name: options[name] for name in places if name in options})
-    if model == embedded.MODEL_NAME and not embedded.has_model():
-        embedded.model_folder(progress=tell)
     if say:
         tell(f"loading {model}")
     from transformers.utils.logging import disable_progress_bar

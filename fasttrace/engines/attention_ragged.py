@@ -18,6 +18,7 @@ from functools import cache, partial
 from inspect import signature
 from threading import Lock
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from einops import rearrange
@@ -28,7 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fasttrace.errors import EngineError
 from fasttrace.models.anatomy import Anatomy
-from fasttrace.models.hooks import here, replaced_method
+from fasttrace.models.hooks import here, modules_of, replaced_method
 from fasttrace.planning.on_device import GroupOnDevice
 
 if TYPE_CHECKING:
@@ -142,6 +143,8 @@ class _Set:
 _SET: dict[int, _Set] = {}
 """By the id of the configuration."""
 _SETTING = Lock()
+_TAKERS: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], tuple[Any, ...]]] = WeakKeyDictionary()
+"""A model -> an implementation and the ids of its configurations, and those that took the implementation."""
 
 
 @contextmanager
@@ -152,12 +155,12 @@ def implementation_set(anatomy: Anatomy, name: str) -> Iterator[None]:
         EngineError: the model does not let it be set.
     """
     owner = anatomy.decoder if isinstance(anatomy.decoder, PreTrainedModel) else anatomy.model
-    configs = {id(m.config): m.config for m in anatomy.model.modules() if isinstance(m, PreTrainedModel)}
+    configs = {id(m.config): m.config for m in modules_of(anatomy.model) if isinstance(m, PreTrainedModel)}
     with _SETTING:
         for key, config in configs.items():
             _SET.setdefault(key, _Set(config, config._attn_implementation)).passes += 1
     try:
-        owner.set_attn_implementation(name)
+        _set_implementation(owner, configs, name)
         if owner.config._attn_implementation != name:
             raise EngineError(
                 f"{type(anatomy.model).__name__} does not take its attention from transformers' interface"
@@ -170,6 +173,18 @@ def implementation_set(anatomy: Anatomy, name: str) -> Iterator[None]:
                 if not _SET[key].passes:
                     config._attn_implementation_internal = _SET[key].own
                     del _SET[key]
+
+
+def _set_implementation(owner: Any, configs: Mapping[int, Any], name: str) -> None:
+    """As `PreTrainedModel.set_attn_implementation`, which walks over all modules, in a model's first pass."""
+    known, taking = _TAKERS.get(owner, ((), ()))
+    if known == (name, *configs):
+        for config in taking:
+            config._attn_implementation_internal = name
+        return
+    owner.set_attn_implementation(name)
+    taking = tuple(config for config in configs.values() if config._attn_implementation == name)
+    _TAKERS[owner] = (name, *configs), taking
 
 
 def own_implementation(config: Any) -> str:

@@ -199,7 +199,8 @@ def check_finite(block_sums: Sequence[Tensor], dtype: torch.dtype) -> None:
     Raises:
         NumericsError: naming the first such block.
     """
-    finite = torch.stack([total.to("cpu") for total in block_sums]).isfinite().tolist()
+    device = block_sums[-1].device
+    finite = torch.stack([total.to(device, non_blocking=True) for total in block_sums]).isfinite().cpu().tolist()
     if not all(finite):
         advice = "load the model with dtype='bfloat16'" if dtype == torch.float16 else "look at the weights"
         raise NumericsError(f"block {finite.index(False)} produced inf or NaN in {str(dtype)[6:]}: {advice}")

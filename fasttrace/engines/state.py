@@ -4,7 +4,7 @@ One walk over the modules, a millisecond for 48 blocks, before every trace. Weig
 numbers of all engines alike. Nothing here keeps a model or anybody's hooks alive.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from fasttrace.errors import EngineError
 from fasttrace.models.anatomy import Anatomy, anatomy_of
-from fasttrace.models.hooks import exclusive, set_by_others
+from fasttrace.models.hooks import exclusive, modules_of, set_by_others
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _PLAIN = frozenset({bool, int, float, str, type(None)})
@@ -51,7 +51,7 @@ def state_of(model: nn.Module) -> State:
         found: list[Any] = []
         configs: dict[int, Any] = {}
         hooks = len(_global_hooks())
-        for module in _modules_of(model):
+        for module in modules_of(model):
             own = vars(module)
             _add_structure(module, structure)
             found.append(module.training)
@@ -94,7 +94,7 @@ def follow(anatomy: Anatomy, modules: Mapping[str, str] | None, state: State | N
 def structure_of(model: nn.Module) -> tuple[Any, ...]:
     """See `State`."""
     structure: list[Any] = []
-    for module in _modules_of(model):
+    for module in modules_of(model):
         _add_structure(module, structure)
     return tuple(structure)
 
@@ -112,18 +112,6 @@ def refuse_autocast(anatomy: Anatomy) -> None:
                 f"torch.autocast to {dtype} is on, and the model is in {str(anatomy.dtype).removeprefix('torch.')}: "
                 f"trace outside of autocast, or load the model with dtype={dtype!r}"
             )
-
-
-def _modules_of(model: nn.Module) -> Iterator[nn.Module]:
-    """All modules once; `nn.Module.modules` makes names for them, which takes longer."""
-    waiting, met = [model], {id(model)}
-    while waiting:
-        module = waiting.pop()
-        yield module
-        for child in module._modules.values():
-            if child is not None and id(child) not in met:
-                met.add(id(child))
-                waiting.append(child)
 
 
 def _add_structure(module: nn.Module, found: list[Any]) -> None:

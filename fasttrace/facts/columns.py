@@ -1,4 +1,4 @@
-"""The names under which people keep facts, and what stands in such columns."""
+"""Names of the columns in which people keep facts, and how their values are read."""
 
 import ast
 import re
@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from fasttrace.checks import shown
 from fasttrace.errors import PromptError
 
 __all__ = [
     "COLUMNS",
     "NESTED",
     "answer_of",
+    "by_normal_name",
     "columns_like_answers",
-    "first_of",
+    "first_given",
     "is_null",
     "is_read",
-    "named",
     "normal",
-    "short",
     "told_of_answers",
 ]
 
@@ -29,10 +29,10 @@ NESTED = "requested_rewrite"
 """The column in which CounterFact keeps prompt, subject and answers."""
 
 ONE_ANSWER = ("target", "attribute", "target_true", "foil", "target_new", "target_false")
-"""Columns that hold one answer and not a list of some."""
+"""Columns that hold one answer, never a list."""
 
 GUESSED = ("gold", "completion", "expected", "solution", "truth", "label", "labels", "object", "obj", "o")
-"""Columns that hold the answer in some sets and something else in others: taken, and the user is told."""
+"""Columns that hold the answer in some sets and something else in others: used, and the user is told."""
 
 COLUMNS = {
     "id": ("id", "known_id", "case_id"),
@@ -51,7 +51,7 @@ COLUMNS = {
     "relation": ("relation", "relation_id"),
 }
 """The names under which each field of a fact is found; the first that is there and not null counts. Case, spaces,
-hyphens and low lines do not: see `normal`."""
+hyphens and underscores do not: see `normal`."""
 
 LIKE_ANSWERS = re.compile(
     "answer|target|truth|gold|label|obj|completion|expected|solution|response|output|correct|reference|attribute|reply"
@@ -74,11 +74,11 @@ def is_read(column: Any) -> bool:
     return name in _READ or name == normal(NESTED) or _is_like_answers(name)
 
 
-def named(values: Mapping[Any, Any]) -> dict[str, tuple[str, Any]]:
-    """A row by the normal names of the columns that are read, each with its name as it stands there.
+def by_normal_name(values: Mapping[Any, Any]) -> dict[str, tuple[str, Any]]:
+    """The columns of a row that are read, by their normal names, each with its name as written and its value.
 
     Raises:
-        PromptError: two columns mean the same and differ.
+        PromptError: two columns have the same normal name and different values.
     """
     found: dict[str, tuple[str, Any]] = {}
     for column, value in values.items():
@@ -96,7 +96,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def columns_like_answers(values: Mapping[Any, Any]) -> list[str]:
-    """Columns of a row that seem to hold its answer, where none that is known to do so is there."""
+    """Columns that seem to hold a row's answer, if the row has no column that is known to hold it."""
     texts = (str, list, tuple, np.ndarray, Mapping)
     names = {normal(str(column)): str(column) for column, value in values.items() if isinstance(value, texts)}
     if any(_READ.get(normal(str(column))) == "target" for column in values):
@@ -105,7 +105,7 @@ def columns_like_answers(values: Mapping[Any, Any]) -> list[str]:
 
 
 def told_of_answers(by_name: Mapping[str, tuple[str, Any]]) -> list[str]:
-    """What the user should be told about the columns that a row's answer was taken from."""
+    """What to tell the user about the columns that a row's answer was taken from."""
     there = [by_name[normal(name)] for name in COLUMNS["target"] if normal(name) in by_name]
     given = [(name, value) for name, value in there if not is_null(value)]
     if not given:
@@ -125,14 +125,14 @@ def _is_like_answers(name: str) -> bool:
 
 
 def answer_of(name: str, value: Any) -> tuple[Any, str]:
-    """A cell's answer: of a list the first, where its column may have several; of CounterFact's object its text.
+    """The answer in a cell: the first of a list, if the column may hold several; the text of CounterFact's object.
 
     Args:
-        name: of the column, for messages.
-        value: what stands there.
+        name: column's name, for messages.
+        value: the cell's value.
 
     Returns:
-        The answer, which may be anything still, or None; and what the user should be told, empty if nothing.
+        The answer, of any type, or None; and what to tell the user, empty if nothing.
 
     Raises:
         PromptError: a list that was written as text.
@@ -140,7 +140,7 @@ def answer_of(name: str, value: Any) -> tuple[Any, str]:
     if isinstance(value, Mapping) and "str" in value:
         return value["str"], ""
     if isinstance(value, str) and _is_list_as_text(value):
-        raise PromptError(f"{name} is {short(value)}, a list written as text: write one answer there")
+        raise PromptError(f"{name} is {shown(value)}, a list written as text: write one answer there")
     if not isinstance(value, list | tuple | np.ndarray):
         return value, ""
     answers = [answer for answer in value if not is_null(answer)]
@@ -150,7 +150,7 @@ def answer_of(name: str, value: Any) -> tuple[Any, str]:
         return value, ""
     first, note = answer_of(name, answers[0])
     if len(answers) > 1:
-        note = f"{name} has {len(answers)} answers, of which the first is taken: {short(first)}"
+        note = f"{name} has {len(answers)} answers, of which the first is taken: {shown(first)}"
     return first, note
 
 
@@ -164,17 +164,11 @@ def _is_list_as_text(text: str) -> bool:
 
 
 def is_null(value: Any) -> bool:
-    """Whether a cell is empty: None, NaN, and pandas' kinds of nothing."""
+    """Whether a cell is empty: None, NaN, or pandas' NA and NaT."""
     return bool(pd.api.types.is_scalar(value) and pd.isna(value))
 
 
-def short(value: Any) -> str:
-    """A value for a message."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def first_of(values: Mapping[str, tuple[str, Any]], names: Iterable[str]) -> tuple[str, Any]:
-    """The first of some columns that is not null, by its name as it stands there, and its value; None without one."""
+def first_given(values: Mapping[str, tuple[str, Any]], names: Iterable[str]) -> tuple[str, Any]:
+    """Name and value of the first of some columns that is not null; "" and None if all are."""
     given = (values[normal(name)] for name in names if normal(name) in values)
     return next(((name, value) for name, value in given if not is_null(value)), ("", None))

@@ -1,7 +1,7 @@
 """Facts: prompts with a subject and an expected answer, from the files that people have.
 
-A row that cannot be traced is told apart here, before a model is loaded: it is kept with its place and the reason,
-and the others go on.
+Rows that cannot be traced are found here, before a model is loaded, and kept with their place and the reason; the
+others are used.
 """
 
 import logging
@@ -36,11 +36,11 @@ logger = logging.getLogger("fasttrace")
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that is no fact. As text it is both: "line 3: subject ...".
+    """A row that cannot be used. As text it is place and reason: "line 3: subject ...".
 
     Attributes:
         line: its place, counted from 1. In a text file the line on which the row begins: of CSV the header is
-            line 1, and a row may span several. Without lines, the number of the row.
+            line 1, and a row may span several. Elsewhere the number of the row.
         reason: what is wrong with it.
         unit: what `line` counts: "line" in .json, .jsonl and .csv; "entry" in a .json list that stands on one
             line; "row" in parquet and in objects.
@@ -62,8 +62,8 @@ class FactSet:
         name: the file's name, "builtin", or the type of the object they came from.
         facts: at least one when read by `read_facts`; ids are unique.
         bad: the rows that were skipped.
-        subjects: of all facts of the source, those behind a limit included, for noise that is measured on them; by
-            default those of `facts`.
+        subjects: those of all facts of the source, also beyond a limit, to measure noise on; by default those of
+            `facts`.
         columns: names that were found in the rows.
     """
 
@@ -86,12 +86,12 @@ class FactSet:
 
 
 def read_facts(source: Any, *, strict: bool = False, limit: int | None = None) -> FactSet:
-    """Reads facts, and skips the rows that are none.
+    """Reads facts, and skips the rows that cannot be used.
 
     A fact has prompt and subject, and may have target, foil, id and relation. Each is also found under the names that
-    ROME, CounterFact, KnowEdit, LAMA and others use (`fact_columns.COLUMNS` lists them: attribute, answer,
-    ground_truth, obj_label, ...), in any case and with spaces, hyphens or low lines; the first of these that is not
-    null counts, and of a list of answers the first. A column that only seems to hold answers is refused by name; other
+    ROME, CounterFact, KnowEdit, LAMA and others use (`facts.columns.COLUMNS` lists them: attribute, answer,
+    ground_truth, obj_label, ...), in any case and with spaces, hyphens or underscores; the first of these that is not
+    null counts, and the first of a list of answers. A column that only seems to hold answers is refused by name; other
     columns are ignored. Without id the fact is named by its row's number, from 0. Null, NaN and empty cells of CSV are
     None.
 
@@ -227,10 +227,10 @@ class _Gathered:
 
     Attributes:
         facts, bad: the good rows up to the limit, and the bad ones among them.
-        subjects: of all good rows, those behind the limit included.
+        subjects: those of all good rows, also beyond the limit.
         columns: names found, in order.
-        notes: of single rows, each with its place.
-        told: of all rows; a sentence comes once.
+        notes: what to tell of single rows, each with its place.
+        told: what to tell of all rows, each sentence once.
     """
 
     def __init__(self):
@@ -270,7 +270,7 @@ class _Gathered:
                 break
 
     def _fact_of(self, row: Row, number: int) -> Fact:
-        """Reads a row; the error's message is the reason why it is none."""
+        """Reads a row; the error's message is the reason why it cannot be used."""
         if row.reason is not None:
             raise PromptError(row.reason)
         if isinstance(row.values, Fact):

@@ -1,4 +1,4 @@
-"""Files of facts, as the rows they hold: JSON, JSON lines, CSV and parquet, each row with its place in the file."""
+"""Reads files of facts row by row: JSON, JSON lines, CSV and parquet, each row with its place in the file."""
 
 import csv
 import io
@@ -24,7 +24,7 @@ class Row:
 
     Attributes:
         line: its place, as `Rows.unit` counts.
-        values: what was found there; only its type says whether it is a row.
+        values: what was found there, of any type.
         reason: why nothing could be read there; None if something was.
     """
 
@@ -109,7 +109,7 @@ def rows_of_json(text: str, name: str) -> Rows:
             "or write it again; a file with one fact per line ends in .jsonl"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise StoreError(f"{name} is no JSON that can be read ({error}): expected a list of facts") from None
+        raise StoreError(f"{name} is not readable JSON ({error}): expected a list of facts") from None
     if not isinstance(values, list):
         raise StoreError(f"{name} holds one JSON {type(values).__name__}: expected a list of facts, [{{...}}, {{...}}]")
     lines = _lines_of(text, len(values))
@@ -185,7 +185,7 @@ def _parquet_file(path: Path) -> Rows:
         table = pq.ParquetFile(path).read(columns=[name for name in names if is_read(name)])
         values = table.to_pylist()
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise StoreError(f"{path} is no parquet file that can be read ({first_line(error)}): write it again") from error
+        raise StoreError(f"{path} is not a readable parquet file ({first_line(error)}): write it again") from error
     return Rows(str(path), "row", _numbered(values))
 
 
@@ -197,7 +197,7 @@ def rows_of_table(source: Any, name: str) -> Rows | None:
         name: of the source, for messages.
 
     Returns:
-        Its rows; None if it is no such table.
+        Its rows; None if it is not such a table.
 
     Raises:
         StoreError: its columns are not those of facts, or it has to be computed first.

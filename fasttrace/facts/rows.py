@@ -1,4 +1,4 @@
-"""From a row to a fact, or the reason why it is none."""
+"""From a row to a fact, or to the reason why the row cannot be used."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
+from fasttrace.checks import shown, text
 from fasttrace.errors import PromptError
 from fasttrace.facts.columns import (
     COLUMNS,
     NESTED,
     answer_of,
+    by_normal_name,
     columns_like_answers,
-    first_of,
+    first_given,
     is_null,
-    named,
-    short,
     told_of_answers,
 )
 from fasttrace.prompts.subjects import places_of, what_is_there
@@ -39,8 +39,8 @@ class Fact:
         relation: what kind of fact it is, such as ROME's "P103".
         subject_start: the character of the prompt at which the subject begins, where its source says so, as a
             template's {} does; None: the subject is searched for.
-        notes: what was taken otherwise than written, a sentence each; they are not compared, and not stored with the
-            fact but with its result.
+        notes: what was changed from what is written, a sentence each; not compared, and stored with the result, not
+            with the fact.
     """
 
     id: str
@@ -58,16 +58,16 @@ def fact_of(row: Any, number: int) -> tuple[Fact, list[str]]:
 
     Args:
         row: its columns.
-        number: of the row, from 0, which names a fact without id.
+        number: the row's number, from 0; it is the id of a fact without one.
 
     Returns:
-        The fact, and what the user should be told about all rows of this kind.
+        The fact, and what to tell the user once about all rows of this kind.
 
     Raises:
-        PromptError: the row is no fact; the message is the reason.
+        PromptError: the row cannot be used; the message is the reason.
     """
     values, is_nested = _flat(row)
-    by_name = named(values)
+    by_name = by_normal_name(values)
     prompt, template = (_text_of(by_name, field) for field in ("prompt", "template"))
     if prompt is None and template is None:
         raise _missing("prompt", values)
@@ -91,30 +91,30 @@ def fact_of(row: Any, number: int) -> tuple[Fact, list[str]]:
 
 
 def checked(fact: Fact) -> Fact:
-    """A fact that was made elsewhere, held to the rules for rows.
+    """A fact that was made elsewhere, checked by the rules for rows.
 
     Raises:
-        PromptError: it breaks one.
+        PromptError: it breaks a rule.
     """
     for name in ("id", "prompt", "subject", "target", "foil", "relation"):
         value = getattr(fact, name)
         if value is not None or name in ("id", "prompt", "subject"):
-            _checked_text(name, value)
+            text(name, value, error=PromptError)
     return _placed(fact)
 
 
 def _flat(values: Any) -> tuple[Mapping[Any, Any], bool]:
-    """A row's columns, CounterFact's included, and whether it has these."""
+    """A row's columns, those inside of CounterFact's column included, and whether it has that column."""
     if not isinstance(values, Mapping):
         raise PromptError(
-            f'it is {_kind(values)}, {short(values)}: a fact must be a mapping with "prompt" and "subject"'
+            f'it is {_kind(values)}, {shown(values)}: a fact must be a mapping with "prompt" and "subject"'
         )
     rewrite = values.get(NESTED)
     if is_null(rewrite):
         return values, False
     if not isinstance(rewrite, Mapping):
         raise PromptError(
-            f'{NESTED} is {_kind(rewrite)}, {short(rewrite)}: expected a mapping with "prompt" and "subject"'
+            f'{NESTED} is {_kind(rewrite)}, {shown(rewrite)}: expected a mapping with "prompt" and "subject"'
         )
     return {name: value for name, value in values.items() if name != NESTED} | dict(rewrite), True
 
@@ -143,47 +143,35 @@ def _prompt_of(
 def _filled(template: str, subject: str) -> tuple[str, int, tuple[str, ...]]:
     count = template.count("{}")
     if count != 1:
-        raise PromptError(f"prompt {short(template)} has {count} places {{}} for the subject: expected 1")
+        raise PromptError(f"prompt {shown(template)} has {count} places {{}} for the subject: expected 1")
     start = template.index("{}") + len(subject) - len(subject.lstrip())
     return template.replace("{}", subject), start, ()
 
 
 def _start_of(by_name: Named) -> int | None:
-    name, value = first_of(by_name, COLUMNS["subject_start"])
+    name, value = first_given(by_name, COLUMNS["subject_start"])
     if value is None:
         return None
     number = str(value.item() if isinstance(value, np.generic) else value).removesuffix(".0")
     if isinstance(value, bool) or not (number.isascii() and number.isdecimal()):
-        raise PromptError(f"{name} is {short(value)}: expected the number of a character of the prompt, from 0")
+        raise PromptError(f"{name} is {shown(value)}: expected the number of a character of the prompt, from 0")
     return int(number)
 
 
 def _text_of(by_name: Named, field: str) -> str | None:
-    name, value = first_of(by_name, COLUMNS[field])
-    return None if value is None else _checked_text(name, value)
+    name, value = first_given(by_name, COLUMNS[field])
+    return None if value is None else text(name, value, error=PromptError)
 
 
 def _answer(by_name: Named, field: str) -> tuple[str | None, tuple[str, ...]]:
     """An answer, and what the user should be told about it."""
-    name, value = first_of(by_name, COLUMNS[field])
+    name, value = first_given(by_name, COLUMNS[field])
     value, note = answer_of(name, value)
     if is_null(value):
         return None, ()
     if isinstance(value, int | float | np.number) and not isinstance(value, bool):
         raise PromptError(f"{name} is {value}: expected text; write a number in quotes")
-    return _checked_text(name, value), (note,) if note else ()
-
-
-def _checked_text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise PromptError(f"{name} is {short(value)}: expected text")
-    if not value.strip():
-        raise PromptError(f"{name} is empty: expected text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise PromptError(f"{name} is {short(value)}, with half of a character that cannot be stored") from None
-    return str(value)  # a plain one, also of numpy's
+    return text(name, value, error=PromptError), (note,) if note else ()
 
 
 def _missing(name: str, values: Mapping[Any, Any]) -> PromptError:
@@ -217,7 +205,7 @@ def _placed(fact: Fact) -> Fact:
 
 def _id_of(by_name: Named, number: int) -> str:
     """A fact's id as text; frames make whole numbers to floats where one is missing."""
-    name, value = first_of(by_name, COLUMNS["id"])
+    name, value = first_given(by_name, COLUMNS["id"])
     if value is None:
         return str(number)
     if isinstance(value, float | np.floating):
@@ -226,4 +214,4 @@ def _id_of(by_name: Named, number: int) -> str:
         return str(int(value))
     if isinstance(value, int | np.integer) and not isinstance(value, bool):
         return str(value)
-    return _checked_text(name, value)
+    return text(name, value, error=PromptError)

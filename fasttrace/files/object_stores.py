@@ -1,4 +1,4 @@
-"""Runs that lie in an object store: read from a copy on this machine's disk, by pyarrow's file systems."""
+"""Runs in an object store, read from a copy on this machine's disk, by pyarrow's file systems."""
 
 import os
 from pathlib import Path
@@ -22,13 +22,13 @@ def copied(address: str, file: str, folder: str, ending: str) -> "TemporaryDirec
     """A copy of a run on this machine's disk, removed with the object that stands for it.
 
     Args:
-        address: of the run: s3://, gs://, abfs://, hdfs:// or file:///.
+        address: where the run is: s3://, gs://, abfs://, hdfs:// or file:///.
         file: a file of the run.
         folder: a folder of the run.
-        ending: of the names of the files in it that are copied.
+        ending: how the names of the files end that are copied from the folder.
 
     Raises:
-        StoreError: an address that pyarrow does not know, or what is there cannot be read or written down.
+        StoreError: pyarrow does not know the address, or the run cannot be read or copied.
     """
     try:
         system, root = fs.FileSystem.from_uri(address)

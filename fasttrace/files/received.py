@@ -22,13 +22,13 @@ __all__ = ["NONSENSE", "expect", "parsed", "patiently", "read_regular", "why"]
 NONSENSE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, pa.ArrowException)
 """What reading a value raises when the value is not what fasttrace writes."""
 WAITS = (0.05, 0.2, 0.5)
-"""Seconds before a read that failed is tried again."""
+"""Seconds to wait before a failed read is tried again."""
 DEEPEST = 40
-"""Lists and objects inside each other, in JSON; those of fasttrace have four."""
+"""Levels of nested lists and objects in JSON; files of fasttrace have four."""
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
 LARGEST = 2**63
 SHOWN = 300
-"""Letters of a reason in a message."""
+"""Characters of a reason that a message shows."""
 
 Value = TypeVar("Value")
 
@@ -37,7 +37,7 @@ def patiently(read: Callable[[], Value]) -> Value:
     """What `read` gives; when it fails it is tried again a few times, within a second.
 
     Raises:
-        OSError: of the last try; at once where there is no file, because waiting makes none.
+        OSError: the last try failed; without a file the first one, because waiting makes none.
     """
     for wait in WAITS:
         try:
@@ -90,7 +90,7 @@ def parsed(text: str | bytes) -> Any:
     """Reads JSON that is nested no deeper than what fasttrace writes.
 
     Raises:
-        ValueError: it is no JSON, or nested too deeply.
+        ValueError: it is not JSON, or nested too deeply.
     """
     try:
         value = json.loads(text)
@@ -120,11 +120,11 @@ def expect(right: Any, what: str) -> None:
     """Refuses a value that was read.
 
     Args:
-        right: whether it may be so.
-        what: the sentence that says what was found, and what was expected.
+        right: whether the value is acceptable.
+        what: says what was found, and what was expected.
 
     Raises:
-        ValueError: it may not.
+        ValueError: it is not.
     """
     if not right:
         raise ValueError(what)

@@ -1,8 +1,8 @@
 """Sets of files that belong together in a folder: all of one set or all of another, never some of each.
 
-A set is made in a hidden folder and moved into its place. One of its files is its mark: first to go and last to come,
-so that a folder whose writer was killed has no mark, and nothing in it is taken for a whole set. Writers that are at it
-at once take turns.
+A set is made in a hidden folder and moved into place. One of its files is its mark, which is removed first and written
+last: a folder whose writer was killed has no mark, and nothing in it is taken for a whole set. Several writers take
+turns.
 """
 
 import json
@@ -28,12 +28,12 @@ except ImportError:  # Windows has no such locks: there writers do not take turn
 __all__ = ["check_writable", "one_set"]
 
 JOURNAL = f"{TEMPORARY}names.json"
-"""Names of a set that is being moved into its place; it stays where the writer was killed."""
+"""Lists the names of a set that is being moved into place; left behind if the writer was killed."""
 SCRATCH = re.compile(re.escape(TEMPORARY) + "[0-9a-f]{16}")
 
 
 def check_writable(folder: Path) -> None:
-    """Refuses a folder that cannot be made or written to, which is tried; nothing stays behind.
+    """Refuses a folder that cannot be made or written to. It tries, and leaves nothing behind.
 
     Raises:
         StoreError: it is a file, or lies in one, or may not be written to.
@@ -58,7 +58,7 @@ def one_set(
     old: Callable[[Path], Iterable[str]],
     check: Callable[[], None] = lambda: None,
 ) -> Iterator[Path]:
-    """Lends an empty folder, whose files replace an earlier set's when the block has ended well.
+    """Lends an empty folder, whose files replace those of an earlier set once the block has ended well.
 
     Args:
         folder: the set's place, made when missing; files of others in it are left alone.
@@ -128,7 +128,7 @@ def _unfinished(target: Path) -> set[str]:
 
 @contextmanager
 def _turn(folder: Path) -> Iterator[None]:
-    """Waits for other writers of a folder; the system ends the turn of one that is killed."""
+    """Waits for other writers of a folder; the system ends the turn of a killed one."""
     descriptor = _held(folder, wait=True)
     try:
         yield
@@ -139,7 +139,7 @@ def _turn(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _scratch(target: Path) -> Iterator[Path]:
-    """A hidden folder on the disk of the target, removed at the end; what killed writers left goes too."""
+    """A hidden folder on the target's disk, removed at the end, together with those of killed writers."""
     home = target if target.is_dir() else target.parent
     home.mkdir(parents=True, exist_ok=True)
     for folder in {home, target.parent}:

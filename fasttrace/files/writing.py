@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and parquet tables that carry JSON."""
+"""Files that are written whole or not at all, and parquet tables that carry JSON."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +24,7 @@ __all__ = [
     "atomic_write",
     "clock_of",
     "paths_in",
+    "plain_json",
     "read_parquet",
     "remove_stale",
     "set_aside",
@@ -270,7 +272,7 @@ def _read_table(path: Path) -> pa.Table:
         return table
     except (*NONSENSE, OSError, MemoryError) as error:
         raise StoreError(
-            f"cannot read {path} ({why(error)}): it is no parquet file, or one cut short or damaged; "
+            f"cannot read {path} ({why(error)}): it is not a parquet file, or is cut short or damaged; "
             "trace again, or take it from a copy"
         ) from error
 
@@ -292,8 +294,30 @@ def _read_payload(table: pa.Table, path: Path) -> dict[str, Any]:
     return payload
 
 
+def plain_json(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Turns values into what JSON gives back: tuples into lists, numbers of numpy into plain ones.
+
+    Args:
+        values: by name.
+        name: what they are, for the message.
+
+    Raises:
+        StoreError: a value that JSON cannot hold.
+    """
+
+    def number(value: Any) -> Any:
+        if isinstance(value, np.generic):
+            return value.item()
+        raise TypeError(f"found {value!r}")
+
+    try:
+        return json.loads(json.dumps(dict(values), default=number))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise StoreError(f"the {name} is to be stored as JSON ({error}): give texts, numbers or lists") from error
+
+
 def as_utf8(text: Any) -> Any:
-    """Gives a text, or a list of them, as Arrow can hold it: lone surrogates become "?"; other values stay."""
+    """A text, or a list of texts, as Arrow can hold it: lone surrogates become "?"; other values stay."""
     if isinstance(text, list):
         return [as_utf8(item) for item in text]
     # Arrow strings are UTF-8, which has no lone surrogates; the JSON in `details` keeps them.

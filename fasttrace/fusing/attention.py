@@ -1,4 +1,4 @@
-"""Ragged attention in one launch a block, where a kernel's features cover the model's; see `attention.py` for the rest.
+"""Ragged attention in one launch per block, where the kernel can do what the model asks; else `attention_ragged` does.
 
 The model says what it wants through the arguments of transformers' attention interface and through its mask. A mask
 that is causal, or causal within a window, is read off on the host before it is needed on the device, so that nothing
@@ -41,10 +41,10 @@ class KernelState:
 
     Attributes:
         n_positions: tokens of the longest prompt.
-        blocks: of the plan.
-        number: of the block being computed; the engine sets it.
+        blocks: the plan's.
+        number: the block being computed; the engine sets it.
         layouts: by (block, tokens of a tile), for all passes of the pack.
-        masks: of the model.
+        masks: the model's.
         tiles: tokens of a tile that the model's blocks asked for, in any pass; made beforehand in the next one.
         failed: heads of the model on which the kernel has failed, in any pass.
         attended: blocks of this pass that it did, and that it did not.
@@ -82,7 +82,7 @@ class KernelState:
             key: [1, kv_head, token, d_head].
             value: [1, kv_head, token, d_value].
             mask: the model's, for one prompt.
-            arguments: of the attention interface.
+            arguments: the other ones of the attention interface.
         """
         attended = self._attended(module, query, key, value, mask, arguments)
         self.attended[attended is not None] += 1
@@ -189,7 +189,7 @@ def layout_of(block: BlockPlan, tile: int) -> AttentionLayout:
 
 
 def window_of_mask(mask: Tensor | None) -> int | None:
-    """How many tokens a query sees: None for all before it, 0 for a mask that is no such band.
+    """How many tokens a query sees: None for all before it, 0 for a mask that is not such a band.
 
     Args:
         mask: [batch, 1, position, position] on the host; True or 0 where a key is seen.

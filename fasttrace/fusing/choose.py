@@ -35,14 +35,14 @@ from fasttrace.fusing.cpu_linears import (
     onednn_is_faster,
 )
 from fasttrace.models.anatomy import Anatomy
-from fasttrace.models.hooks import exclusive, replaced_forward
+from fasttrace.models.hooks import exclusive, modules_of, replaced_forward
 from fasttrace.planning.packs import Pack
 
 if TYPE_CHECKING:
     from fasttrace.fusing.attention import KernelState
 
 KERNEL_NEEDS = {"cuda": "triton", "cpu": "numba"}
-"""Where attention is one call a block rather than one a group, and the package that compiles it there."""
+"""Devices where attention is one call per block rather than per group, and the package that compiles it."""
 
 GLUE_DEVICES = ("cuda",)
 """Where norms, gates and rotary embeddings are computed by kernels if these are faster."""
@@ -76,7 +76,7 @@ def in_chunks(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def attention_kernel(anatomy: Anatomy, pack: Pack, fuse: bool | None = None) -> "KernelState | None":
-    """What makes attention one call a block, with fused operations; None: group by group.
+    """What makes attention one call per block, with fused operations; None: group by group.
 
     Args:
         anatomy: the model.
@@ -112,7 +112,7 @@ def compiler_is_there(package: str) -> bool:
 
 @contextmanager
 def fused_attention(fuse: bool = True) -> Iterator[None]:
-    """While open, attention is one call a block where a kernel does it; all else stays the model's."""
+    """While open, attention is one call per block where a kernel does it; all else stays the model's."""
     token = _FUSING.set(fuse)
     try:
         yield
@@ -138,7 +138,7 @@ def fused(anatomy: Anatomy, fuse: bool = True) -> Iterator[None]:
                 stack.enter_context(fused_glue(anatomy))
             if anatomy.device.type == "cpu" and not anatomy.is_offloaded:
                 _fuse_on_cpu(anatomy, stack)
-            for module in anatomy.model.modules():
+            for module in modules_of(anatomy.model):
                 if isinstance(module, NewGELUActivation) and "forward" not in vars(module):
                     stack.enter_context(replaced_forward(module, gelu_tanh))
         yield

@@ -41,7 +41,7 @@ class Probe(NamedTuple):
 BLOCK_PROBE = Probe(512, 1024, 2048)
 TURNED_PROBE = Probe(512, 1024, 2048, turned=True)
 HEAD_PROBE = Probe(128, 512, 32768)
-"""In a block, in a block of GPT-2, and in the head with its few tokens."""
+"""Products in a block, in a block of GPT-2, and in the head with its few tokens."""
 
 LARGEST_ERROR = 1e-5
 """Norm of the difference of the two libraries' results over the norm of either, beyond which oneDNN is not taken: it
@@ -78,7 +78,7 @@ def check_library(asked: str, dtype: torch.dtype) -> None:
 
     Args:
         asked: one of LIBRARIES.
-        dtype: of the weights.
+        dtype: the weights'.
 
     Raises:
         EngineError: it cannot; the message says which one does.
@@ -154,7 +154,7 @@ def fast_linears(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def is_plain_linear(module: Any) -> bool:
-    """Of exactly torch's class or GPT-2's, with dense float32 or bfloat16 weights in main memory, unreplaced."""
+    """Whether it is torch's or GPT-2's own class, unreplaced, with dense float32 or bfloat16 weights in memory."""
     return (
         type(module) in (nn.Linear, Conv1D)
         and "forward" not in vars(module)
@@ -165,7 +165,7 @@ def is_plain_linear(module: Any) -> bool:
 
 
 def has_plain_product(module: Any) -> bool:
-    """The same in any floating type, whatever fasttrace has put over it."""
+    """The same for any floating type, whatever fasttrace has replaced in it."""
     if type(module) not in (nn.Linear, Conv1D):
         return False
     weight = module._parameters.get("weight")

@@ -1,6 +1,6 @@
 """RMS norms, gated MLPs and rotary embeddings, in one kernel each where it gives the same numbers and is faster.
 
-Nothing here is known of families. A module is run on a few random numbers, without its matrix products and without
+Nothing here depends on the family. A module is run on a few random numbers, without its matrix products and without
 anybody's hooks, and is stood in for only if a kernel gives what it gave. `measure` has the speed.
 """
 
@@ -39,7 +39,7 @@ GATED = (("gate_proj", "up_proj"), ("gate_up_proj",))
 """What the gate and the other factor are computed with: two products, or one whose halves they are."""
 
 PROBED_ROWS = 64
-"""Of the random numbers on which modules are compared with kernels."""
+"""Rows of random numbers on which modules are compared with kernels."""
 
 RARELY = 0.05
 """Share of the numbers of a norm that may be rounded otherwise in half precision."""
@@ -176,7 +176,7 @@ def _products(mlp: nn.Module) -> tuple[str, ...]:
 
 
 def _width(mlp: Any) -> int:
-    """Of the gate; 0 if it does not say."""
+    """Width of the gate; 0 if its module does not say."""
     names = _products(mlp)
     return (width_of(getattr(mlp, names[0])) or 0) * len(names) // 2
 

@@ -20,7 +20,7 @@ from fasttrace.errors import kind_and_line
 logger = logging.getLogger("fasttrace")
 
 TOKENS = 4096
-"""Of the random input that kernels are measured on."""
+"""Tokens of the random input that kernels are measured on."""
 
 ROUNDS, REPEATS = 5, 10
 CLEARLY = 1.05
@@ -31,9 +31,9 @@ class Case(NamedTuple):
     """What a measurement holds for.
 
     Attributes:
-        kind: of kernel.
-        sizes: that its time depends on.
-        dtype: of its inputs.
+        kind: which kernel.
+        sizes: what its time depends on.
+        dtype: its inputs'.
         device: the name of the card, or the type of the device.
     """
 
@@ -153,7 +153,7 @@ def gain_of(kernel: Callable[..., Any], own: Callable[..., Any], *inputs: Tensor
     Args:
         kernel: computes with the kernel.
         own: computes with the model's own code.
-        inputs: of both.
+        inputs: what both are called with.
         largest_error: by which their results may differ; see `agrees`.
 
     Raises:
@@ -177,7 +177,7 @@ def speedup(kernel: Callable[..., Any], own: Callable[..., Any], inputs: Sequenc
 
 
 def _seconds(run: Callable[..., Any], inputs: Sequence[Tensor]) -> float:
-    """Of some calls after one another, as in a pass: the launches count where the device waits for them."""
+    """Time of a call; on a GPU of several in a row, as in a pass, so that launches count where the device waits."""
     if inputs[0].device.type != "cuda":
         begin = time.perf_counter()
         run(*inputs)

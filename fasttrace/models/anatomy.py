@@ -66,7 +66,7 @@ class Anatomy:
 
     @cached_property
     def config(self) -> Any:
-        """Of the text part."""
+        """The text part's configuration."""
         return self.model.config.get_text_config(decoder=True)
 
     @cached_property
@@ -148,7 +148,7 @@ class Anatomy:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the embeddings, hence of the residual stream."""
+        """Type of the embeddings, hence of the residual stream."""
         return next(self.embedding.parameters()).dtype
 
     @cached_property

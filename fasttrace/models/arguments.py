@@ -8,7 +8,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fasttrace.errors import ModelError, first_line
-from fasttrace.models.checkpoints import GGUF
 from fasttrace.models.rules import PATHS
 
 
@@ -22,16 +21,17 @@ def checked_name(name: Any) -> str:
         name = os.fspath(name)
     if not isinstance(name, str):
         hint = "; a model that is loaded already goes into Tracer(model, tokenizer)" if hasattr(name, "forward") else ""
-        raise ModelError(f"the model's name is a {type(name).__name__}, expected an id or a folder{hint}")
+        raise ModelError(f"the model's name is a {type(name).__name__}, expected an id, a folder or a GGUF file{hint}")
     if not name.strip() or "\0" in name:
         raise ModelError(f"the model's name is {name!r}, expected an id such as 'gpt2-xl', or a folder")
     if "://" in name:
         raise ModelError(f"the model's name is the address {name!r}; give its id, such as 'org/model', or a folder")
     if name.startswith("~"):
         name = os.path.expanduser(name)
-    if os.path.isfile(name):
-        reason = GGUF if name.endswith(".gguf") else "give the folder that holds it, with its config.json"
-        raise ModelError(f"{name} is a file: {reason}")
+    if os.path.isfile(name) and not name.endswith(".gguf"):
+        raise ModelError(
+            f"{name} is a file: give the folder that holds it, with its config.json; of single files only .gguf is read"
+        )
     return name
 
 

@@ -24,7 +24,7 @@ SIZES = ((2, 5), (3, 7))
 
 @dataclass(frozen=True)
 class Axes:
-    """Of one tensor.
+    """Axes of one tensor.
 
     Attributes:
         row: axis of the rows, None if all rows share the tensor.
@@ -42,8 +42,8 @@ class InputAxes:
     """Axes of a module's arguments.
 
     Attributes:
-        hidden: of the hidden state.
-        others: of every other tensor that was seen.
+        hidden: the hidden state's.
+        others: those of every other tensor that was seen.
     """
 
     hidden: Axes

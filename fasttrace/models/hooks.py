@@ -111,6 +111,18 @@ def forward_pass(model: nn.Module) -> Iterator[None]:
             turn.in_pass = False
 
 
+def modules_of(model: nn.Module) -> Iterator[nn.Module]:
+    """All modules once; `nn.Module.modules` makes names for them, which takes longer."""
+    waiting, met = [model], {id(model)}
+    while waiting:
+        module = waiting.pop()
+        yield module
+        for child in module._modules.values():
+            if child is not None and id(child) not in met:
+                met.add(id(child))
+                waiting.append(child)
+
+
 def first_of(output: Any) -> Tensor:
     """The hidden state in a module's output."""
     return output if isinstance(output, Tensor) else output[0]
@@ -121,57 +133,45 @@ def with_first(output: Any, hidden: Tensor) -> Any:
     return hidden if isinstance(output, Tensor) else type(output)((hidden, *output[1:]))
 
 
-@contextmanager
-def raw_output_hook(module: nn.Module, rewrite: Callable[[Any], Any]) -> Iterator[None]:
-    """While open, `module` returns `rewrite(output)`; None keeps the output."""
+def raw_output_hook(module: nn.Module, rewrite: Callable[[Any], Any]) -> AbstractContextManager[Any]:
+    """Until it is closed, `module` returns `rewrite(output)`; None keeps the output."""
     owner = here()
-    handle = module.register_forward_hook(
+    return module.register_forward_hook(
         lambda _module, _args, output: rewrite(output) if _HERE.owner is owner else None
     )
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
-@contextmanager
-def output_hook(module: nn.Module, rewrite: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """While open, the hidden state that `module` returns is `rewrite(hidden)`; None keeps it."""
+def output_hook(module: nn.Module, rewrite: Callable[[Tensor], Tensor | None]) -> AbstractContextManager[Any]:
+    """Until it is closed, the hidden state that `module` returns is `rewrite(hidden)`; None keeps it."""
 
     def rewrite_output(output: Any) -> Any:
         hidden = rewrite(first_of(output))
         return None if hidden is None else with_first(output, hidden)
 
-    with raw_output_hook(module, rewrite_output):
-        yield
+    return raw_output_hook(module, rewrite_output)
 
 
-@contextmanager
-def input_hook(module: nn.Module, rewrite: Callable[[tuple, dict], tuple[tuple, dict] | None]) -> Iterator[None]:
-    """While open, `module` is called with `rewrite(args, kwargs)`; None keeps them."""
+def input_hook(
+    module: nn.Module, rewrite: Callable[[tuple, dict], tuple[tuple, dict] | None]
+) -> AbstractContextManager[Any]:
+    """Until it is closed, `module` is called with `rewrite(args, kwargs)`; None keeps them."""
     owner = here()
 
     def hook(_module: nn.Module, args: tuple, kwargs: Any = None) -> Any:
         """Without kwargs where torch, in another thread, finds the hook as it is being removed."""
         return rewrite(args, kwargs) if _HERE.owner is owner else None
 
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-@contextmanager
-def hidden_hook(module: nn.Module, rewrite: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """While open, the first argument of `module` is `rewrite(argument)`; None keeps it."""
+def hidden_hook(module: nn.Module, rewrite: Callable[[Tensor], Tensor | None]) -> AbstractContextManager[Any]:
+    """Until it is closed, the first argument of `module` is `rewrite(argument)`; None keeps it."""
 
     def rewrite_input(args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         hidden = rewrite(hidden_argument(args, kwargs))
         return None if hidden is None else with_hidden_argument(args, kwargs, hidden)
 
-    with input_hook(module, rewrite_input):
-        yield
+    return input_hook(module, rewrite_input)
 
 
 def hidden_argument(args: tuple, kwargs: dict) -> Tensor:
@@ -207,20 +207,24 @@ class Replaced:
 _REPLACING = threading.Lock()
 
 
-@contextmanager
-def replaced_method(module: nn.Module | ModuleType, name: str, method: Callable[..., Any]) -> Iterator[None]:
+class replaced_method:  # noqa: N801 - called as the functions beside it; a class, because passes open hundreds
     """While open, a method of one module is another for this thread; also replaces a function of a Python module.
 
     Afterwards the module is as it was, whatever others replaced meanwhile, and in whatever order they end.
     """
-    with _REPLACING:
-        replaced = Replaced(getattr(module, name), name in vars(module), method)
-        setattr(module, name, replaced)
-    try:
-        yield
-    finally:
+
+    def __init__(self, module: nn.Module | ModuleType, name: str, method: Callable[..., Any]):
+        self.module, self.name, self.method = module, name, method
+
+    def __enter__(self) -> None:
         with _REPLACING:
-            _take_out(module, name, replaced)
+            before, was_own = getattr(self.module, self.name), self.name in vars(self.module)
+            self.replaced = Replaced(before, was_own, self.method)
+            setattr(self.module, self.name, self.replaced)
+
+    def __exit__(self, *_exception: object) -> None:
+        with _REPLACING:
+            _take_out(self.module, self.name, self.replaced)
 
 
 def _take_out(module: nn.Module | ModuleType, name: str, replaced: Replaced) -> None:
@@ -256,7 +260,7 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Abstract
 def evaluating(model: nn.Module) -> Iterator[None]:
     """While open, the model is in evaluation mode, for other threads too, and this thread records no gradients."""
     with exclusive(model):
-        training = [module for module in model.modules() if module.training]
+        training = [module for module in modules_of(model) if module.training]
         for module in training:
             module.training = False
         try:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["digests", "identity_of", "shown_name", "weights_digest"]
 
 CHUNK_BYTES = 1 << 26
-"""Of a tensor on another device, copied at once."""
+"""Bytes of a tensor on another device that are copied at once."""
 
 COMPUTED_WITH = {"bos_token_id", "eos_token_id", "pad_token_id", "top_k"}
 """Entries that a generation config has too, and that some models compute with."""
@@ -43,7 +43,7 @@ _LISTED = """
 transformers_version architectures auto_map dtype torch_dtype _pre_quantization_dtype
 attn_implementation experts_implementation return_dict torchscript gradient_checkpointing id2label label2id num_labels
 problem_type finetuning_task task_specific_params loss_type router_aux_loss_coef initializer_range initializer_factor
-summary_type summary_use_proj summary_activation summary_proj_to_labels chunk_size_feed_forward
+gguf_quantization summary_type summary_use_proj summary_activation summary_proj_to_labels chunk_size_feed_forward
 """
 
 NOT_COMPUTED_WITH = {*_LISTED.split()} | (vars(GenerationConfig()).keys() - COMPUTED_WITH)
@@ -74,9 +74,9 @@ def identity_of(tracer: "Tracer") -> dict[str, Any]:
         tokenizer: digests of its vocabulary, its rules and what it makes of a text; None without one.
         modules: where the traced parts are.
         module_settings: a digest of what modules hold beside weights: epsilons, scales, which adapters are at work.
-        hooks: those on the model's modules, by name: what they do cannot be told.
+        hooks: those on the model's modules, by name, because what they do is not known.
         code: a digest of the code that came with the model; None for a model of transformers.
-        attention: None for the model's own, however it is computed; else its name.
+        attention: None for the model's own, however it is computed; else the implementation's name.
         autocast: the dtype of a surrounding torch.autocast; None without one.
 
     Raises:
@@ -97,7 +97,7 @@ def identity_of(tracer: "Tracer") -> dict[str, Any]:
 
 
 def digests(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The same entries, the long ones as digests: for the metadata of results."""
+    """The same entries with long ones as digests, for the metadata of results."""
     return {
         name: _digest([value]) if isinstance(value, Mapping | list) and value else value or None
         for name, value in identity.items()
@@ -105,8 +105,8 @@ def digests(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shown_name(name: str | os.PathLike[str]) -> str:
-    """A model's name for files that are made to be shared: a folder's last name, or a model's id, and no path."""
-    if not (os.path.isabs(name) or os.path.isdir(name)):
+    """A model's name for files that are made to be shared: a path's last name, or a model's id, and no path."""
+    if not (os.path.isabs(name) or os.path.exists(name)):
         return str(name)
     path = os.path.abspath(name)
     cached = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", path)
@@ -218,7 +218,7 @@ def _rules(tokenizer: Any) -> Any:
 
 
 def _modules(anatomy: Anatomy) -> dict[str, Any]:
-    """Where the traced parts are: inside of a block one path, or one per block where blocks differ."""
+    """Where the traced parts are: one path inside a block, or one for each block if blocks differ."""
     names = {module: name for name, module in anatomy.model.named_modules()}
     blocks = [names[block] for block in anatomy.blocks]
     found = {"embedding": names[anatomy.embedding], "blocks": blocks[0].rpartition(".")[0]}

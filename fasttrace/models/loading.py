@@ -1,4 +1,4 @@
-"""Names to models: a Hugging Face id, a local folder or "smollm2"; dtype, device or devices by name."""
+"""Names to models: an id, a folder, a GGUF file or an embedded model; dtype, device or devices by name."""
 
 import copy
 import logging
@@ -13,14 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import cached_file
 
 from fasttrace.errors import ModelError, first_line
-from fasttrace.models import checkpoints
+from fasttrace.models import checkpoints, embedded, gguf
 from fasttrace.models.arguments import checked_name
 from fasttrace.models.loading_errors import explained, is_failure, wants_trust
 from fasttrace.models.peft_adapters import adapter_of, add_adapter
 
 logger = logging.getLogger("fasttrace")
 
-EMBEDDED = "smollm2"
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -113,7 +112,8 @@ def load(
     """A model in evaluation mode, and its tokenizer (None where there is none).
 
     Args:
-        name: Hugging Face id, local folder (of a PEFT adapter too), or "smollm2", the embedded model.
+        name: Hugging Face id, local folder (of a PEFT adapter too), GGUF file (a path, or owner/name/file.gguf of the
+            Hub), or an embedded model: "smollm2", "gemma3-270m".
         dtype: see `choose_dtype`. A quantized checkpoint keeps its quantized weights.
         device: see `choose_device`.
         revision: of the Hugging Face repository.
@@ -134,9 +134,9 @@ def load(
         raise ModelError(f"revision is {revision!r}, expected a branch, a tag or a commit, or None")
     chosen, place = _place(device, device_map, max_memory, offload_folder)
     place["dtype"] = choose_dtype(dtype, chosen)
-    source = _source_of(name)
-    if revision is not None and os.path.isdir(source):
-        logger.warning("%s is a local folder and has no revisions; revision %r is not looked for", name, revision)
+    if revision is not None and (os.path.exists(name) or name in embedded.MODELS):
+        logger.warning("%s is local and has no revisions; revision %r is not looked for", name, revision)
+    source = _source_of(name, revision)
     files = {"revision": revision, "trust_remote_code": trust_remote_code}
     with explained(name, source, revision):
         adapter = adapter_of(source, revision)
@@ -270,12 +270,25 @@ def _is_in(weight: str, path: str) -> bool:
     return path in ("", weight) or weight.startswith(f"{path}.")
 
 
-def _source_of(name: str) -> str:
-    if name != EMBEDDED:
-        return name
-    from fasttrace.models.embedded import model_folder
+def _source_of(name: str, revision: str | None) -> str:
+    """The folder or id that transformers reads."""
+    if name in embedded.MODELS:
+        return str(embedded.model_folder(name))
+    path = gguf.file_in(Path(name)) if os.path.isdir(name) else _gguf_file(name, revision)
+    return name if path is None else str(gguf.folder_of_file(path, name))
 
-    return str(model_folder())
+
+def _gguf_file(name: str, revision: str | None) -> Path | None:
+    """A GGUF file, of the Hub or local; None for another name."""
+    if not name.endswith(gguf.SUFFIX) or os.path.isfile(name):
+        return Path(name) if name.endswith(gguf.SUFFIX) else None
+    owner, _, rest = name.partition("/")
+    repository, _, file = rest.partition("/")
+    if not (owner.strip(".~") and repository and file):
+        raise ModelError(f"there is no GGUF file {name}; one of the Hub is given as owner/name/file.gguf")
+    with explained(name, f"{owner}/{repository}", revision):
+        found = cached_file(f"{owner}/{repository}", file, revision=revision)
+    return Path(found) if found else None
 
 
 def _tokenizer_of(source: str, files: dict[str, Any], **more: Any) -> Any:

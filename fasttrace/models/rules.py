@@ -10,6 +10,7 @@ from torch import nn
 
 from fasttrace.errors import ModelError
 from fasttrace.models.names import ATTENTION, DOWN, EXPERTS, MLP, RESIDUAL_ARGUMENTS
+from fasttrace.models.sizes import width_of
 
 PATHS = ("embedding", "blocks", "attention", "mlp", "down")
 """What a user can name: `embedding` and `blocks` from the model, the others from a block."""
@@ -17,7 +18,7 @@ PATHS = ("embedding", "blocks", "attention", "mlp", "down")
 
 @dataclass(frozen=True)
 class Parts:
-    """Modules of a model; of each block one, or None where it has no such module.
+    """Modules of a model, one for each block, or None where a block has no such module.
 
     Attributes:
         embedding: input embedding.
@@ -79,7 +80,7 @@ def _refuse_shared(name: str, parts: Parts) -> None:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is one matrix product: any class that says its width, whatever is inside it."""
-    return isinstance(getattr(module, "out_features", getattr(module, "nf", None)), int)
+    return width_of(module) is not None
 
 
 def _linears_in(module: nn.Module) -> list[nn.Module]:

@@ -46,7 +46,7 @@ def looks_twice(model: Any, embedding: nn.Module, ids: Tensor) -> bool:
 
 
 def words(model: Any, vocabulary: int, n_tokens: int = N_TOKENS) -> Tensor:
-    """int64 [1, position] different tokens, none of those that a model's code may take for no text."""
+    """int64 [1, position] different tokens, without those that a model's code may treat otherwise than text."""
     special = set(_special_tokens(model))
     step = max(1, vocabulary // (n_tokens + len(special)))
     found = [token for token in range(0, vocabulary, step) if token not in special]
@@ -56,7 +56,7 @@ def words(model: Any, vocabulary: int, n_tokens: int = N_TOKENS) -> Tensor:
 def neutral_token(model: Any, vocabulary: int) -> int:
     """The token that stands for no word: padding, where models are made to see it so; else what ends or begins a text.
 
-    Gemma's own code looks up padding in its per-layer embeddings wherever a position is no text.
+    Gemma's own code looks up padding in its per-layer embeddings wherever a position is not text.
     """
     settings = vars(model.config.get_text_config(decoder=True))
     named = (settings.get(f"{role}_token_id") for role in ("pad", "eos", "bos"))
@@ -72,7 +72,7 @@ def second_look_note(model: nn.Module, token: int) -> str:
 
 
 def _special_tokens(model: Any) -> Iterator[int]:
-    """Ids that a model's code may treat as no text: of padding, of the ends of a text, of images."""
+    """Ids that a model's code may treat otherwise than text: padding, ends of a text, images."""
     for config in (model.config, model.config.get_text_config(decoder=True)):
         for name, value in vars(config).items():
             if name.endswith(("token_id", "token_index")):

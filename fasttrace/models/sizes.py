@@ -23,7 +23,7 @@ def pair_flops(config: Any, d_model: int) -> int:
     """Floating-point operations of the scores and weighted values of one query-key pair, all heads of a block.
 
     Args:
-        config: of the block.
+        config: the block's.
         d_model: width of the hidden state, which the heads share where they say no size.
     """
     heads = getattr(config, "num_attention_heads", 0)
@@ -37,7 +37,7 @@ def flops_of(module: nn.Module | None, config: Any = None) -> int:
 
     Args:
         module: any; None counts nothing.
-        config: of the block it is in. Of a mixture of experts the share counts that one token visits.
+        config: the configuration of its block. Experts count by the share that one token visits.
     """
     if module is None:
         return 0

@@ -67,7 +67,7 @@ def encode(
         vocabulary: number of token ids the model knows.
         max_positions: longest prompt the model takes.
         subject_start: the character of the prompt at which the subject's text begins; None: it is searched for.
-        first_target_token: of a target of several tokens, take the first.
+        first_target_token: take the first token of a target of several.
         tell: log the notes as a warning.
 
     Raises:

@@ -1,7 +1,7 @@
 """Whether running text has a space between a prompt and its continuation.
 
-The rule is of characters alone: where two words meet, or a word and a sign, a quote or a bracket that opens, there is
-a space; inside a word, behind what opens, before what closes, and in scripts without spaces there is none. Where
+The rule looks at characters alone. There is a space where two words meet, or a word and a sign, a quote or a bracket
+that opens; there is none inside a word, behind what opens, before what closes, and in scripts without spaces. Where
 writers differ, the answer is not sure, and `targets` tells the user which token was taken.
 """
 
@@ -39,7 +39,7 @@ SYMMETRIC = "/&*•·‧"
 """Punctuation that has a space behind it where it has one before it."""
 
 MOSTLY = 0.75
-"""Of a text's letters, in whose script the text then is."""
+"""Share of a text's letters of one script that makes the text one of that script."""
 
 CLITIC = re.compile(r"['’‘](s|t|re|ve|ll|d|m|n)\b", re.IGNORECASE)
 ZERO_WIDTH_SPACE = "\u200b"
@@ -84,7 +84,7 @@ def space_between(before: str, after: str) -> Space:
 
 
 def is_word(character: str) -> bool:
-    """Whether a character is part of a word: a letter, a digit, a mark on one, or a low line."""
+    """Whether a character is part of a word: a letter, a digit, a mark on one, or an underscore."""
     return unicodedata.category(character)[0] in "LMN" or character == "_"
 
 
@@ -225,7 +225,7 @@ def _ahead_of_quote(before: str, quote: str, rest: str) -> Space:
 
 
 def _between_scripts(before: str, after: str) -> Space:
-    """Of two texts that would have a space between them in a script with spaces."""
+    """The space between two texts that would have one in a script with spaces."""
     if is_unspaced(before[-1]):
         letters = [character for character in before if unicodedata.category(character)[0] == "L"]
         of_spaced_text = sum(map(is_spaced_word, letters)) > MOSTLY * len(letters)

@@ -146,7 +146,7 @@ def _canonical(piece: str) -> str:
 
 
 def _compatible(piece: str) -> str:
-    """Of one piece, what it has in common with others that mean the same: full-width letters, ligatures, spaces."""
+    """A piece in the form it shares with others that mean the same: full-width letters, ligatures, spaces."""
     return unicodedata.normalize("NFKD", piece)
 
 

@@ -26,11 +26,11 @@ def target_token(
     together.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's.
         target: text, as a user wrote it.
         text: the prompt; None if it was given as token ids.
         prompt_ids: the prompt's tokens.
-        first: of a target of several tokens, take the first.
+        first: take the first token of a target of several.
 
     Returns:
         The token id, and what the user should be told about it.

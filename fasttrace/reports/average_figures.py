@@ -96,7 +96,7 @@ def plot_roles(averages: Averages, stream: str | None = None) -> "ggplot | Compo
 
 
 def plot_lines(averages: Averages) -> "ggplot":
-    """Draws a line over the blocks for each role, in a panel per stream, with bands of the normal 95 % interval.
+    """Draws a line over the blocks for each role, in a panel per stream, with bands of 95 % intervals.
 
     All panels have one scale, so that streams can be compared. The dotted line is what restoring nothing gives.
 

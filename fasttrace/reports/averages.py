@@ -14,6 +14,7 @@ from fasttrace.errors import PlanError
 from fasttrace.experiment.metrics import MEANLESS, METRICS, check_metric
 from fasttrace.files.writing import atomic_write
 from fasttrace.reports.sources import shown_records
+from fasttrace.reports.student import t_quantile
 from fasttrace.results.record import Record
 from fasttrace.results.result import TraceResult, count_of
 from fasttrace.runs.coverage import Coverage
@@ -38,7 +39,8 @@ MOST_DRAWS = 1_000_000
 """Of the bootstrap."""
 MOST_POSITIONS = 10_000_000
 """Tokens of a prompt."""
-Z95 = 1.959963984540054
+FEWEST_TO_DRAW = 30
+"""Facts below which percentiles of the bootstrap are not to be read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,9 +91,9 @@ class Averages:
 
         Returns:
             Columns stream, role, layer, mean, count (tokens), facts, std_error (clustered by fact), low and
-            high (normal 95 % interval from it), boot_low and boot_high (bootstrap 95 % interval),
-            pooled_std_error (as if all tokens were independent, which is what ROME's notebook draws). A role
-            that no token has, has no rows.
+            high (95 % interval from it, by Student's t with facts - 1 degrees of freedom; NaN for one fact),
+            boot_low and boot_high (bootstrap 95 % interval), pooled_std_error (as if all tokens were independent,
+            which is what ROME's notebook draws). A role that no token has, has no rows.
         """
         return self._cells.copy()
 
@@ -165,9 +167,18 @@ def average(
     error of a mean; with G = 1 it is NaN. The bootstrap draws facts with replacement and takes percentiles;
     a draw in which no fact has the role is left out of that role's interval.
 
+    The 95 % interval is R -+ t * sqrt(var(R)), with t of Student's distribution with G - 1 degrees of freedom: the
+    error itself is measured on G facts. For one fact there is none. Of normal effects it covers 95 % where facts
+    have equally many tokens of the role; with 1 to 8 tokens at random 92 to 93 % for 5 facts, 93 to 94 % for 10, and
+    94 to 95 % from 24 on. Of effects as skewed as an exponential distribution it covers less: 86 to 91 % for 5 facts,
+    91 to 93 % for 24, and 94 % for 100. Percentiles of the bootstrap are narrower than that, 83 % for 5 facts of
+    normal effects and 90 % for 10, and are not to be read below 30 facts; a note says so.
+
     Source: W. G. Cochran, Sampling Techniques, 3rd ed. (1977), sections 2.11 and 6.3; the same as the
     cluster-robust error of a regression on a constant, K.-Y. Liang and S. L. Zeger, Biometrika 73 (1986).
-    The bootstrap over clusters: A. C. Cameron, J. B. Gelbach and D. L. Miller, Rev. Econ. Stat. 90 (2008).
+    The interval: A. C. Cameron and D. L. Miller, A practitioner's guide to cluster-robust inference, J. Human
+    Resources 50 (2015). The bootstrap over clusters: A. C. Cameron, J. B. Gelbach and D. L. Miller, Rev. Econ. Stat. 90
+    (2008).
 
     Args:
         records: a store, or facts with results, read once and in any order. Those without a result are counted and
@@ -204,6 +215,7 @@ def average(
     notes += () if shown is None else tuple(shown.notes)
     gathered.divided()
     facts = len(gathered.check(notes).sums)
+    notes += _few(facts, bootstrap)
     memory_for("bootstrap", bootstrap, 16 * bootstrap * facts, "its draws")
     quiet = np.errstate(over="ignore", invalid="ignore")  # of effects over a total effect of nearly 0
     with memory_told("averaging", "lower bootstrap"), quiet:
@@ -247,6 +259,15 @@ def token_roles(span: tuple[int, int], n_positions: int, compat: str | None = No
         return fits
     last_fit = len(ROLES) - 1 - fits[:, ::-1].argmax(axis=1)
     return np.eye(len(ROLES), dtype=bool)[last_fit]
+
+
+def _few(facts: int, bootstrap: int) -> tuple[str, ...]:
+    """What a reader has to know of the intervals of few facts."""
+    if facts == 1:
+        return ("of one fact there is no interval: trace more",)
+    if bootstrap and facts < FEWEST_TO_DRAW:
+        return (f"bootstrap intervals are too narrow for {facts} facts (it takes {FEWEST_TO_DRAW}): read low and high",)
+    return ()
 
 
 def _check_compat(compat: Any) -> None:
@@ -393,7 +414,8 @@ def _ratios(sums: np.ndarray, tokens: np.ndarray, weights: np.ndarray) -> dict[s
     residuals = sums - mean * tokens[:, None]
     correction = facts / (facts - 1) if facts > 1 else np.nan
     std_error = np.sqrt(correction * (residuals**2).sum(axis=0)) / count
-    low, high = mean - Z95 * std_error, mean + Z95 * std_error
+    reach = t_quantile(0.975, int(facts) - 1) * std_error
+    low, high = mean - reach, mean + reach
     errors = {"std_error": std_error, "low": low, "high": high}
     return {"mean": mean, "facts": facts} | errors | _bootstrap(sums, tokens, weights)
 

@@ -1,7 +1,6 @@
 """TraceResult: the grids of a sweep, their effects, the tidy frame, and the files they are kept in."""
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from fasttrace.errors import PlanError, StoreError
 from fasttrace.experiment.metrics import MEANLESS, check_metric
 from fasttrace.files.names import plain_name
 from fasttrace.files.received import NONSENSE, expect, why
-from fasttrace.files.writing import as_utf8, atomic_write, read_parquet, write_parquet
+from fasttrace.files.writing import as_utf8, atomic_write, plain_json, read_parquet, write_parquet
 from fasttrace.planning.cost import Cost
 from fasttrace.results.metric_grids import MetricGrids
 from fasttrace.results.received import check_result, check_streams
@@ -494,16 +493,6 @@ def _others(others: Mapping[str, Any]) -> dict[str, MetricGrids]:
     return {str(name): MetricGrids(*found).plain() for name, found in others.items()}
 
 
-def _json_number(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
-    raise StoreError(f"the metadata holds {value!r}, which JSON cannot: store it as a string or a number")
-
-
-def _metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(dict(metadata), default=_json_number))
-
-
 _FIELD_TYPES = {
     "prob": _grids,
     "prob_std": _grids,
@@ -516,7 +505,7 @@ _FIELD_TYPES = {
     "target_id": int,
     "top": _top,
     "windows": _windows,
-    "metadata": _metadata,
+    "metadata": lambda values: plain_json(values, "metadata"),
     "target_ids": _ints,
     "foil_ids": _ints,
     "others": _others,

@@ -20,7 +20,7 @@ from fasttrace.runs.leases import BADGE, LEASE_SECONDS, Badge, Worker, workers_i
 if TYPE_CHECKING:
     from fasttrace.runs.processes import Ranks
 
-__all__ = ["CLAIMS", "Claims", "claims", "named"]
+__all__ = ["CLAIMS", "Claims", "claims", "workers_are"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +35,9 @@ class Claims:
     """Which process computes which pack, in one folder for all that compute the same packs.
 
     Attributes:
-        folder: where the files are: N.taken, a lease of whoever computes pack N; N.done, the name of the part it is in;
-            packs.json, the packs. It is made when missing.
-        rank, world: of this process among those of its start.
+        folder: where the files are, made when missing: N.taken, a lease of whoever computes pack N; N.done, the name
+            of the part that holds it; packs.json, the packs.
+        rank, world: this process's number, and how many processes its start has.
         ours: tokens of the processes of this start.
         was_gone: somebody removed the folder meanwhile, so that other processes may have come far without a trace here.
     """
@@ -59,16 +59,16 @@ class Claims:
         self._try(self._badge.enter)
 
     def leave(self) -> None:
-        """Gives up what was taken and not done; the last process that leaves removes the folder."""
+        """Gives up what was taken and is not done; the last process to leave removes the folder."""
         self._badge.leave()
         if self.folder.is_dir() and not workers_in(self.folder):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def agreed(self, packs: list[list[str]]) -> list[list[str]]:
-        """The packs of whoever was here first, by ids; of all processes, so that numbers mean the same.
+        """The packs, by ids, of the process that came first: all take these, so that pack numbers mean the same.
 
         Args:
-            packs: those of this process, which are right as well.
+            packs: those of this process, which would do as well.
         """
         path = self.folder / PACKS
         try:
@@ -141,11 +141,11 @@ class Claims:
 
 @contextmanager
 def claims(ranks: "Ranks", folder: Path, key: str = "") -> Iterator[Claims]:
-    """Claims of one start of a run in a store's folder; what else is at work there is said.
+    """Claims of one start of a run in a store's folder; tells of other starts that are at work there.
 
     Args:
         ranks: the processes of this start.
-        folder: of the store.
+        folder: the store's.
         key: what starts have in common that compute the same packs; the first process's counts.
     """
     made = Claims(folder / (CLAIMS + ranks.first(lambda: key)), ranks.rank, ranks.world)
@@ -162,7 +162,7 @@ def _tell_of_others(made: Claims) -> None:
     """Says which other starts are at work in the store's folder, and removes what dead ones left."""
     folder = made.folder.parent
     if others := workers_in(made.folder, made.ours):
-        logger.warning("%s at work in %s, too: the work is shared", named(others), folder)
+        logger.warning("%s at work in %s, too: the work is shared", workers_are(others), folder)
     for other in set(paths_in(folder, f"{CLAIMS}*")) - {made.folder}:
         with suppress(OSError):
             age = (clock_of(folder) or 0) - other.stat().st_mtime
@@ -171,14 +171,14 @@ def _tell_of_others(made: Claims) -> None:
                 logger.warning(
                     "%s at work in %s, too, with other facts or another budget or engine: what both are asked for is "
                     "computed twice",
-                    named(others),
+                    workers_are(others),
                     folder,
                 )
             elif badges or age > LEASE_SECONDS:
                 shutil.rmtree(other, ignore_errors=True)
 
 
-def named(workers: Collection[Worker]) -> str:
-    """Names processes, as the beginning of a sentence: "process 7 on here is", "process 7 on here and 2 more are"."""
+def workers_are(workers: Collection[Worker]) -> str:
+    """The beginning of a sentence about processes: "process 7 on HOST is", "process 7 on HOST and 2 more are"."""
     first, *more = sorted(map(str, workers))
     return f"{first} and {len(more)} more are" if more else f"{first} is"

@@ -1,4 +1,4 @@
-"""Coverage: of the facts that a run was asked for, which are in its folder."""
+"""Coverage: how many of the facts that a run was asked for are in its folder."""
 
 from dataclasses import dataclass
 
@@ -10,18 +10,18 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class Coverage:
-    """What a store has of what its run was asked for, at one moment.
+    """How much of what its run was asked for a store has, at one moment.
 
     Attributes:
         asked: how many facts the last start of the run was asked for; None where the manifest does not say.
-        traced: of the facts to show, how many have a trace.
-        skipped: of the facts to show, how many were skipped, with a reason.
+        traced: how many of the facts to show have a trace.
+        skipped: how many of the facts to show were skipped, with a reason.
         missing: how many that were asked for are not there.
-        damaged: of each part that cannot be used the reason, whatever was in it.
+        damaged: for each part that cannot be used, the reason.
         further: how many facts are in the folder that the run was not asked for, such as rows that are no longer in
             its facts file.
         everything: whether the further facts are among those to show.
-        ids: of the facts to show, in the order of `Store.records`.
+        ids: the facts to show, in the order of `Store.records`.
     """
 
     asked: int | None

@@ -24,11 +24,11 @@ from fasttrace.files.writing import TEMPORARY, clock_of, paths_in
 __all__ = ["BADGE", "LEASE_SECONDS", "Badge", "Worker", "workers_in"]
 
 LEASE_SECONDS = 60.0
-"""After which a process whose badge was not written again is taken for dead."""
+"""Seconds without a new badge after which a process is taken for dead."""
 BEAT_SECONDS = 10.0
 BADGE = ".worker"
 SAME_SECONDS = 60.0
-"""By which two readings of when a process began may differ: a machine's clock may be set meanwhile."""
+"""Seconds by which two readings of when a process began may differ, as a machine's clock may be set meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Worker:
     """A process at work.
 
     Attributes:
-        token: no other has it, in the same process neither.
+        token: unique, also within a process.
         place: the machine, what it calls this boot, and the space of its process numbers.
         pid: number of the process there.
-        began: when it did, in seconds, by its machine's clock.
+        began: when it started, in seconds, by its machine's clock.
     """
 
     token: str
@@ -67,7 +67,7 @@ class Worker:
 
     @property
     def content(self) -> bytes:
-        """Of its badge."""
+        """What its badge holds."""
         return json.dumps(asdict(self)).encode()
 
     @property
@@ -107,7 +107,7 @@ class Worker:
 
 @cache
 def place() -> tuple[str, ...]:
-    """Where process numbers mean what they mean here: of one name there may be several machines, and containers."""
+    """Where a process number names one process: host name, boot and container, because host names may repeat."""
     found = [socket.gethostname()]
     with suppress(OSError):
         found.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -201,11 +201,11 @@ class Badge:
 
 
 def workers_in(folder: Path, but: Iterable[str] = ()) -> list[Worker]:
-    """Processes that may be at work in a folder, those that are stopped included where that can be seen.
+    """Processes that may be at work in a folder; on this machine also those that are suspended.
 
     Args:
         folder: with their badges.
-        but: tokens of those that are not meant.
+        but: tokens of those to leave out.
     """
     now, but = clock_of(folder), set(but)
     found = [Worker.read(path) for path in paths_in(folder, f"*{BADGE}")]

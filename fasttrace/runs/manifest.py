@@ -21,8 +21,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fasttrace.errors import StoreError
 from fasttrace.files.received import NONSENSE, expect, parsed, read_regular, why
 from fasttrace.files.writing import atomic_write, write_new
@@ -33,7 +31,6 @@ __all__ = [
     "compared",
     "differences",
     "join_manifest",
-    "plain_json",
     "read_manifest",
     "write_manifest",
 ]
@@ -204,30 +201,6 @@ def differences(
     left, right = _flat(there), _flat(here)
     keys = [key for key in left | right if not _same(key, left.get(key, _ABSENT), right.get(key, _ABSENT))]
     return [f"{key} {_shown(left, key)} {places[0]}, {_shown(right, key)} {places[1]}" for key in keys]
-
-
-def plain_json(values: Mapping[str, Any], name: str = "fingerprint") -> dict[str, Any]:
-    """Turns values into what JSON gives back: tuples into lists, numbers of numpy into plain ones.
-
-    Args:
-        values: by name.
-        name: what they are, for the message.
-
-    Raises:
-        StoreError: a value that JSON cannot hold.
-    """
-    try:
-        return json.loads(json.dumps(dict(values), default=_plain_number))
-    except StoreError:
-        raise
-    except (TypeError, ValueError, RecursionError) as error:
-        raise StoreError(f"{name} goes into a manifest, which is JSON ({error}): give texts, numbers, lists") from error
-
-
-def _plain_number(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
-    raise StoreError(f"{value!r} is to go into a manifest, which is JSON: give it as a string or a number")
 
 
 def _load(path: Path) -> dict[str, Any]:

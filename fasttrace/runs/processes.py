@@ -22,7 +22,7 @@ from accelerate import PartialState
 from torch import distributed
 
 from fasttrace.errors import FasttraceError, PlanError
-from fasttrace.runs.claims import CLAIMS, Claims, claims, named
+from fasttrace.runs.claims import CLAIMS, Claims, claims, workers_are
 from fasttrace.runs.leases import LEASE_SECONDS, Worker
 
 __all__ = ["CLAIMS", "Claims", "Patience", "Ranks", "claims"]
@@ -262,7 +262,7 @@ class Patience:
         """
         if holders != self._holders:
             self._holders, self._since = holders, self._clock()
-            who = named(set(holders.values()))
+            who = workers_are(set(holders.values()))
             logger.warning("%s at work on the last packs (%d): waiting for them", who, len(holders))
         elif self._clock() - self._since > self._seconds:
             return True

@@ -18,11 +18,12 @@ from fasttrace.engines.memory import Budget
 from fasttrace.errors import PlanError, PromptError, StoreError
 from fasttrace.experiment.settings import Settings
 from fasttrace.facts.dataset import Fact, FactSet
+from fasttrace.files.writing import plain_json
 from fasttrace.fusing import measure
 from fasttrace.models.identity import digests
 from fasttrace.results.record import Record
 from fasttrace.results.versions import versions
-from fasttrace.runs.manifest import SAME_SIGMA, compared, differences, plain_json
+from fasttrace.runs.manifest import SAME_SIGMA, compared, differences
 from fasttrace.runs.processes import Claims, Patience, Ranks, claims
 from fasttrace.runs.shared_cells import SharedCells
 from fasttrace.runs.store import MANIFEST, Store
@@ -417,7 +418,7 @@ def check_same_run(ranks: Ranks, fingerprint: Mapping[str, Any]) -> None:
     Raises:
         PlanError: it names the process and what differs.
     """
-    first, *others = ranks.all(lambda: plain_json(fingerprint))
+    first, *others = ranks.all(lambda: plain_json(fingerprint, "fingerprint"))
     for rank, other in enumerate(others, start=1):
         found = differences(*compared(first, other), ("in process 0", f"in process {rank}"))
         if found:

@@ -1,4 +1,4 @@
-"""Shelf: the tables of many parts at hand, each part read once, and little of it in memory."""
+"""Shelf: access to the tables of many parts, each read from its file once, with little in memory."""
 
 import io
 import mmap
@@ -28,7 +28,7 @@ class Shelf:
     checked once and its table put down as it is, in a file that the system maps into memory page by page.
 
     Args:
-        paths: of the parts.
+        paths: the parts'.
 
     Raises:
         StoreError: a part is damaged, gone or cannot be read, or there is no room for the temporary file.

@@ -26,7 +26,7 @@ from fasttrace.experiment.cells import SITES
 from fasttrace.facts.dataset import Fact
 from fasttrace.files.object_stores import copied, is_address
 from fasttrace.files.received import patiently
-from fasttrace.files.writing import TEMPORARY, as_utf8, atomic_write, remove_stale, set_aside
+from fasttrace.files.writing import TEMPORARY, as_utf8, atomic_write, plain_json, remove_stale, set_aside
 from fasttrace.results.record import Record
 from fasttrace.results.result import VALUES
 from fasttrace.runs.coverage import Coverage
@@ -37,7 +37,6 @@ from fasttrace.runs.manifest import (
     check_fingerprint,
     differences,
     join_manifest,
-    plain_json,
     read_manifest,
     write_manifest,
 )
@@ -106,7 +105,8 @@ class Store:
             StoreError: another run's store (it lists what differs), one of a newer format, an edited
                 manifest, or a folder that cannot be written to.
         """
-        folder, here = path_of("folder", folder), plain_json(mapping("fingerprint", fingerprint, error=StoreError))
+        folder = path_of("folder", folder)
+        here = plain_json(mapping("fingerprint", fingerprint, error=StoreError), "fingerprint")
         if not os.path.exists(folder / MANIFEST):
             # Parts that have lost their manifest may be another run's: ask them before a new one is written.
             cls(folder, {"fingerprint": here, "facts": {}})._scan()
@@ -167,7 +167,7 @@ class Store:
         manifest = read_manifest(self.folder / MANIFEST)
         asked = {} if ids is None else {"ids": list(ids)}
         about = {"name": name, "n_facts": n_facts, "bad_rows": list(bad_rows), **asked}
-        self._facts = plain_json(about, "bad_rows")
+        self._facts = plain_json(about, "description of the facts")
         if manifest["facts"] != self._facts:
             write_manifest(self.folder / MANIFEST, {**manifest, "facts": self._facts})
 

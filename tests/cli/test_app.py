@@ -429,7 +429,7 @@ def test_verify_agrees_within_its_tolerance(folder, monkeypatch):
 
 
 def test_the_demo_traces_its_case_and_names_its_files(folder, tmp_path, without_figure, monkeypatch):
-    monkeypatch.setattr(demo, "model_folder", lambda progress=None: folder)
+    monkeypatch.setattr(demo, "model_folder", lambda name: folder)
     done = run("demo", "--out", tmp_path / "demo")
     assert done.exit_code == 0, done.output
     assert '" Paris"' in done.stdout
@@ -570,8 +570,8 @@ def test_a_wrong_option_is_one_line_before_the_model_is_loaded(options, named, m
         (("trace", PROMPT, "--span", "5:2"), "--span is '5:2' and holds no token"),
         (("trace", PROMPT, "--span", "x"), "--span is 'x'"),
         (("trace", PROMPT, "--span", f"0:{'9' * 5000}"), "--span has a number of 5000 digits"),
-        (("trace", " ", "--subject", "a"), "prompt is ' ', which is empty"),
-        (("trace", PROMPT, "--subject", ""), "subject is '', which is empty"),
+        (("trace", " ", "--subject", "a"), "prompt is empty"),
+        (("trace", PROMPT, "--subject", ""), "subject is empty"),
         (("trace", "1 2 x", "--ids", "--span", "0:1"), "the prompt is '1 2 x', expected token ids"),
         (("trace", "1 -2", "--ids", "--span", "0:1"), "expected token ids"),
         (("trace", "9" * 5000, "--ids", "--span", "0:1"), "the prompt has a number of 5000 digits"),

@@ -453,7 +453,7 @@ def test_tables_are_held_to_the_columns_of_facts():
         ({"target": 1889}, "target is 1889: expected text; write a number in quotes"),
         ({"target": 1999.0}, "target is 1999.0: expected text; write a number in quotes"),
         ({"target": True}, "target is True: expected text"),
-        ({"target": ["Rome"] * 50}, r"target is \['Rome', .*\.\.\.: expected text"),
+        ({"target": ["Rome"] * 50}, r"target is \['Rome', .*\.\.\.\]: expected text"),
         ({"foil": ""}, "foil is empty"),
         ({"foil": 2}, "foil is 2"),
         ({"relation": 103}, "relation is 103"),
@@ -685,8 +685,8 @@ def test_another_encoding_is_refused_with_its_line(tmp_path, suffix):
         ('{"prompt": 1}\n{"prompt": 2}', r"is not JSON \(line 2, .* one fact per line ends in .jsonl"),
         ('{"prompt": "a b"}', "holds one JSON dict: expected a list of facts"),
         ('"text"', "holds one JSON str: expected a list of facts"),
-        ("[" * 100_000, "is no JSON that can be read"),
-        ("[1" + "0" * 5000 + "]", "is no JSON that can be read"),
+        ("[" * 100_000, "is not readable JSON"),
+        ("[1" + "0" * 5000 + "]", "is not readable JSON"),
     ],
 )
 def test_a_file_that_is_no_json_list_is_refused_with_its_place(tmp_path, content, reason):
@@ -747,7 +747,7 @@ def test_a_file_that_is_no_parquet_is_refused(tmp_path):
     pd.DataFrame([GOOD] * 100).to_parquet(path)
     for content in (b"", b"text", path.read_bytes()[:-50]):
         path.write_bytes(content)
-        with pytest.raises(StoreError, match="is no parquet file that can be read"):
+        with pytest.raises(StoreError, match="is not a readable parquet file"):
             read_facts(path)
 
 

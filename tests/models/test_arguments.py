@@ -76,7 +76,7 @@ def test_the_language_model_inside_is_traced():
         (["gpt2"], "the model's name is a list"),
         (
             nn.Linear(1, 1),
-            r"a Linear, expected an id or a folder; a model that is loaded already goes into Tracer\(",
+            r"a Linear, expected an id, a folder or a GGUF file; a model that is loaded already goes into Tracer\(",
         ),
         ("https://huggingface.co/gpt2", "is the address 'https://huggingface.co/gpt2'; give its id"),
         ("file:///models/gpt2", "is the address"),
@@ -88,12 +88,6 @@ def test_the_language_model_inside_is_traced():
 def test_what_cannot_be_a_models_name_is_refused(name, message):
     with pytest.raises(ModelError, match=message):
         fasttrace.Tracer.from_pretrained(name)
-
-
-def test_a_file_of_gguf_is_not_supported_yet(tmp_path):
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ModelError, match="GGUF files are not supported yet"):
-        fasttrace.Tracer.from_pretrained(tmp_path / "model.gguf")
 
 
 @pytest.fixture(scope="module")
@@ -147,4 +141,4 @@ def test_options_are_checked_before_anything_is_read(folder, monkeypatch, option
 
 def test_a_revision_of_a_local_folder_is_said_to_mean_nothing(folder, caplog):
     fasttrace.Tracer.from_pretrained(folder, revision="v2")
-    assert "is a local folder and has no revisions; revision 'v2' is not looked for" in caplog.text
+    assert "is local and has no revisions; revision 'v2' is not looked for" in caplog.text

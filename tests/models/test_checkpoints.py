@@ -191,7 +191,7 @@ def second_shard(change):
         (pickled(b""), "pytorch_model.bin in .* is empty"),
         (foreign_object, r"pytorch_model.bin in .* holds more than weights \(pathlib\._?.*PosixPath\)"),
         (lambda folder: (folder / "model.safetensors").unlink(), "Error no file named model.safetensors"),
-        (in_place_of("model.safetensors", lambda path: path.with_name("a.gguf").touch()), "a.gguf: GGUF files are not"),
+        (in_place_of("model.safetensors", lambda path: path.with_name("a.gguf").touch()), "a.gguf: a GGUF file is"),
         (in_place_of("model.safetensors", lambda path: path.symlink_to("gone")), "cannot be read: No such file"),
         (in_place_of("model.safetensors", os.mkfifo), "model.safetensors in .* is not a regular file"),
         (in_place_of("config.json", os.mkfifo), "config.json in .* is not a regular file"),
@@ -288,7 +288,7 @@ def test_memory_that_is_not_there_is_asked_for_in_one_sentence(saved, monkeypatc
 
 
 def test_a_model_larger_than_the_machine_is_refused_before_room_is_made(saved, monkeypatch):
-    monkeypatch.setattr("fasttrace.models.checkpoints._memory", lambda: 10_000)
+    monkeypatch.setattr("fasttrace.models.checkpoints.memory", lambda: 10_000)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(ModelError, match=r"takes 0 GiB, and this machine has 0 GiB: take a smaller dtype, or device_m"):
         load(saved["gpt2"])

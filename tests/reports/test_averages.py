@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from fasttrace.errors import PlanError, StoreError
+from fasttrace.reports import averages as averages_module
 from fasttrace.reports.averages import ROLES, average, token_roles
 from fasttrace.results.metric_grids import MetricGrids
 from tests.helpers.averaged import N_LAYERS, SHAPES, STREAMS, facts, make_result, record
@@ -144,7 +145,8 @@ def test_with_one_token_to_a_fact_the_error_is_that_of_a_plain_mean():
     row = cells(average(one_role(values), value="prob", bootstrap=0), role="before_subject").iloc[0]
     expected = values.std(ddof=1) / math.sqrt(15)
     assert row.std_error == pytest.approx(expected, rel=1e-12)
-    assert (row.low, row.high) == pytest.approx((row["mean"] - 1.959964 * expected, row["mean"] + 1.959964 * expected))
+    reach = 2.144787 * expected  # Student's t, 14 degrees of freedom
+    assert (row.low, row.high) == pytest.approx((row["mean"] - reach, row["mean"] + reach))
 
 
 def test_repeating_the_tokens_of_every_fact_does_not_shrink_the_error():
@@ -178,7 +180,66 @@ def test_the_interval_holds_the_truth_in_about_19_of_20_samples():
     assert 88 <= hits <= 99
 
 
-def test_the_bootstrap_resamples_facts_and_agrees_with_the_normal_interval():
+def coverage(facts, draw, tokens, repetitions=4000):
+    """How often, in percent, the interval for 0 holds 0; facts and their tokens have effects of their own."""
+    random = np.random.default_rng(facts)
+    hits = 0
+    for _ in range(repetitions):
+        counts = random.integers(1, 9, facts) if tokens is None else np.full(facts, tokens)
+        own, others = draw(random, facts), draw(random, (facts, 8)) * (np.arange(8) < counts[:, None])
+        found = averages_module._ratios(
+            (own * counts + others.sum(axis=1))[:, None], counts.astype(float), np.empty((0, facts))
+        )
+        hits += found["low"][0] <= 0 <= found["high"][0]
+    return 100 * hits / repetitions
+
+
+def normal(random, size):
+    return random.normal(size=size)
+
+
+def skewed(random, size):
+    return random.exponential(size=size) - 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("facts", [5, 10, 24, 100])
+@pytest.mark.parametrize("tokens", [1, 4, 8])
+def test_the_interval_of_normal_effects_covers_what_it_says(facts, tokens):
+    assert 94 <= coverage(facts, normal, tokens) <= 96
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("facts", "least"), [(5, 91.5), (10, 92.3), (24, 93), (100, 94)])
+def test_facts_of_unequal_length_cost_little_coverage(facts, least):
+    """The docstring of `average` says how much."""
+    assert least <= coverage(facts, normal, None) <= 96
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("facts", "least"), [(5, 86), (10, 88), (24, 90), (100, 93)])
+def test_skewed_effects_are_covered_as_the_docstring_says(facts, least):
+    for tokens in (1, 8, None):
+        assert least - 1.5 <= coverage(facts, skewed, tokens) <= 95.5
+
+
+@pytest.mark.parametrize(
+    ("count", "bootstrap", "said"),
+    [
+        (1, 50, "of one fact there is no interval: trace more"),
+        (1, 0, "of one fact there is no interval: trace more"),
+        (29, 50, "bootstrap intervals are too narrow for 29 facts (it takes 30): read low and high"),
+        (29, 0, None),
+        (30, 50, None),
+    ],
+)
+def test_intervals_of_few_facts_come_with_a_note(count, bootstrap, said):
+    records = [record(make_result(seed=seed), str(seed)) for seed in range(count)]
+    found = average(records, bootstrap=bootstrap, notes=["a note"]).notes
+    assert found == ("a note", *([said] if said else []))
+
+
+def test_the_bootstrap_resamples_facts_and_agrees_with_the_other_interval():
     values = [np.random.default_rng(i).normal(size=1 + i % 4) for i in range(200)]
     row = cells(average(one_role(values), value="prob", bootstrap=4000), role="before_subject").iloc[0]
     assert row.boot_low == pytest.approx(row.low, abs=0.15 * row.std_error)

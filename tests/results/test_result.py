@@ -177,7 +177,7 @@ def test_metadata_that_json_cannot_hold_is_refused_when_the_result_is_made():
         "sigma": 0.5,
         "span": [0, 4],
     }
-    with pytest.raises(StoreError, match="store it as a string or a number"):
+    with pytest.raises(StoreError, match=r"metadata is to be stored as JSON .*: give texts, numbers or lists"):
         make_result(metadata={"device": object()})
 
 

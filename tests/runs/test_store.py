@@ -385,7 +385,7 @@ def test_other_versions_are_noted_and_a_sigma_may_move_in_its_last_digits(tmp_pa
 def test_a_fingerprint_of_numpy_numbers_and_tuples_is_the_same_as_a_plain_one(tmp_path):
     new_store(tmp_path)
     Store.open(tmp_path / "run", FINGERPRINT | {"samples": np.int64(10), "streams": list(STREAMS)})
-    with pytest.raises(StoreError, match="is to go into a manifest, which is JSON"):
+    with pytest.raises(StoreError, match="fingerprint is to be stored as JSON"):
         Store.open(tmp_path / "other", {"dtype": object()})
 
 
