@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
+import pandas as pd
 import torch
 from torch import nn
 
@@ -14,10 +15,11 @@ from fasttrace.engines.memory import Budget, check_samples, tokens_allowed
 from fasttrace.engines.passes import Progress
 from fasttrace.engines.self_check import EngineChoice, choose
 from fasttrace.engines.state import follow, state_of
-from fasttrace.errors import FasttraceError, ModelError, PlanError
+from fasttrace.errors import FasttraceError, ModelError, PlanError, PromptError
 from fasttrace.experiment.cells import windows_of
 from fasttrace.experiment.corruption import sigma_of
-from fasttrace.experiment.settings import ManyOptions, Settings, TraceOptions, engine_name, takes
+from fasttrace.experiment.own_cells import own_cells
+from fasttrace.experiment.settings import ManyOptions, Settings, SweepOptions, TraceOptions, engine_name, takes
 from fasttrace.facts.dataset import Fact, FactSet, check_answers, read_facts
 from fasttrace.fusing.cpu_linears import library_asked
 from fasttrace.models.anatomy import Anatomy, anatomy_of, module_paths
@@ -25,6 +27,7 @@ from fasttrace.models.arguments import check_model, check_modules, checked_label
 from fasttrace.models.gguf import described
 from fasttrace.models.identity import identity_of, shown_name
 from fasttrace.models.loading import load
+from fasttrace.prompts.pairs import with_counterfactual, with_foil
 from fasttrace.prompts.prompt import Prompt, encode, subjects_of
 from fasttrace.prompts.tokenization import check_tokenizer
 from fasttrace.results.record import Record
@@ -195,8 +198,10 @@ class Tracer:
         self,
         prompt: str | Sequence[int],
         *,
-        subject: str | tuple[int, int],
+        subject: str | tuple[int, int] | None = None,
         target: str | int | None = None,
+        counterfactual: str | Sequence[Any] | None = None,
+        foil: str | int | None = None,
         progress: Progress | None = None,
         **options: Unpack[TraceOptions],
     ) -> TraceResult:
@@ -205,12 +210,17 @@ class Tracer:
         Args:
             prompt: text, or token ids.
             subject: text that occurs once in the prompt as a whole word, or else once; or a half-open token span, as a
-                pair, a range or a slice.
+                pair, a range or a slice. Needed for noise; with a counterfactual only shown.
             target: text of one token behind the prompt (a space is put before it where running text has one), a token
                 id, or None for the clean run's top token.
+            counterfactual: another prompt of as many tokens (text or token ids), or several: these are the corrupted
+                runs, and there is no noise. Without a subject the span goes from the first to the last token
+                that differs.
+            foil: an answer that the target is compared with, given as the target is.
             streams: sites whose clean values are restored, one grid each; None: those of the figure that the model
                 has, see `streams`.
-            window: blocks restored together, except in the residual stream (one block).
+            window: blocks restored together, except in the residual stream (one block); None: 10 with noise, 1 with a
+                counterfactual.
             noise: standard deviation of the noise on the subject's embeddings, or "s3" for 3 x that of the
                 embedding outputs of the subject's tokens.
             noise_subjects: subjects (text or token ids) to measure for "s3" in place of the prompt's own.
@@ -233,17 +243,91 @@ class Tracer:
         settings = Settings(**options)
         function("progress", progress)
         with memory_told("tracing"):
-            return self._trace(settings, prompt, subject, target, progress)
+            asked = {"subject": subject, "target": target, "counterfactual": counterfactual, "foil": foil}
+            return self._trace(settings, prompt, asked, progress)
 
     def _trace(
-        self, settings: Settings, prompt: Any, subject: Any, target: Any, progress: Progress | None
+        self, settings: Settings, prompt: Any, asked: Mapping[str, Any], progress: Progress | None
     ) -> TraceResult:
-        windows = self.windows(settings.streams, settings.window)
-        encoded = self.encode(prompt, subject, target, first_target_token=settings.first_target_token)
-        check_samples(self._anatomy, settings.samples, windows, [encoded])
-        study = self._study(settings, windows, [encoded.token_ids[slice(*encoded.span)]])
+        encoded = self._encoded(prompt, settings, asked)
+        study = self._study_of_prompt(settings, encoded)
         ((scores, cost),) = study.scores([study.job(encoded)], progress=progress)
         return study.result(encoded, scores, cost)
+
+    @takes(SweepOptions)
+    def sweep(
+        self,
+        prompt: str | Sequence[int],
+        cells: Iterable[Any],
+        *,
+        subject: str | tuple[int, int] | None = None,
+        target: str | int | None = None,
+        counterfactual: str | Sequence[Any] | None = None,
+        foil: str | int | None = None,
+        progress: Progress | None = None,
+        **options: Unpack[SweepOptions],
+    ) -> pd.DataFrame:
+        """Scores cells of the user's own, all in as few passes as memory allows.
+
+        Args:
+            prompt: see `trace`, as all that is not named here.
+            cells: each an edit (site, layer, position), which puts the clean value back there; or a list of edits; or a
+                mapping with these under "edits" and the cell's coordinates under names of its own. A fourth item of an
+                edit is its source: "clean", "corrupted" or a vector (`experiment.cells.Vector`). The coordinate
+                "background" says in which run the edits are made, "corrupted" by default. Negative positions count from
+                the prompt's end.
+            subject: see `trace`.
+            target: see `trace`.
+            counterfactual: see `trace`.
+            foil: see `trace`.
+            progress: see `trace`.
+            options: see `trace`.
+
+        Returns:
+            A row per cell, in the cells' order: coordinates (of a cell without them its first edit's site, layer and
+            position), a column per metric, averaged over the corrupted runs, and a column with ``_effect`` behind the
+            metric's name, which is less what the cell's background gives. ``attrs["runs"]`` has both runs' metrics.
+
+        Raises:
+            PlanError: no cells, an edit outside the model or the prompt, a cell that writes one place twice, or see
+                `trace`, as for other errors.
+
+        >>> tracer.sweep(prompt, [("mlp_output", 3, -1)], subject="Paris")  # doctest: +SKIP
+        """
+        settings = Settings(**options)
+        function("progress", progress)
+        asked = {"subject": subject, "target": target, "counterfactual": counterfactual, "foil": foil}
+        with memory_told("tracing"):
+            encoded = self._encoded(prompt, settings, asked)
+            coordinates, found = own_cells(cells, self._anatomy.n_layers, len(encoded.token_ids))
+            for site in {edit.site for cell in found for edit in cell}:
+                self._anatomy.modules_at(site)
+            study = self._study_of_prompt(settings, encoded)
+            ((scores, _),) = study.scores([study.job(encoded, found)], progress=progress)
+            return study.frame(coordinates, found, encoded, scores)
+
+    def _study_of_prompt(self, settings: Settings, prompt: Prompt) -> Study:
+        pair = bool(prompt.counterfactuals)
+        windows = self.windows(settings.streams, settings.width(pair))
+        if not pair:
+            check_samples(self._anatomy, settings.samples, windows, [prompt])
+        return self._study(settings, windows, None if pair else [prompt.token_ids[slice(*prompt.span)]])
+
+    def _encoded(self, prompt: Any, settings: Settings, asked: Mapping[str, Any]) -> Prompt:
+        """A prompt with what it is compared with."""
+        subject, counterfactual, first = asked["subject"], asked["counterfactual"], settings.first_target_token
+        if subject is None and counterfactual is None:
+            raise PromptError(
+                "neither subject nor counterfactual is given: name the subject, whose embeddings get noise, or a "
+                "counterfactual prompt of as many tokens"
+            )
+        vocabulary = self._anatomy.vocabulary
+        encoded = self.encode(prompt, subject, asked["target"], first_target_token=first)
+        if counterfactual is not None:
+            encoded = with_counterfactual(self.tokenizer, encoded, counterfactual, vocabulary)
+        if asked["foil"] is not None:
+            encoded = with_foil(self.tokenizer, encoded, asked["foil"], vocabulary, first)
+        return encoded
 
     @takes(ManyOptions)
     def trace_many(
@@ -334,7 +418,7 @@ class Tracer:
         """
         if settings.require_correct:
             check_answers(facts)
-        windows = self.windows(settings.streams, settings.window)
+        windows = self.windows(settings.streams, settings.width())
         tokens_allowed(self._anatomy, settings.budget)
         encoded, refused = encoded_facts(facts.facts, self._encode_fact, settings.strict)
         check_samples(self._anatomy, settings.samples, windows, [each.prompt for each in encoded])
@@ -386,14 +470,17 @@ class Tracer:
             self._anatomy.modules_at(site)
         return windows
 
-    def _study(self, settings: Settings, windows: Mapping[str, int], subjects: Sequence[Any]) -> Study:
+    def _study(self, settings: Settings, windows: Mapping[str, int], subjects: Sequence[Any] | None) -> Study:
         """The settings bound to the model: with its engine, and the noise measured on subjects if they name none.
+
+        Subjects are None where there is no noise.
 
         Raises:
             PlanError: subjects that the noise cannot be measured on, or noise beyond the model's dtype.
             EngineError: an unknown engine, or none that passes the self-check.
         """
-        noise, subjects = settings.noise, settings.noise_subjects or subjects
+        noise = 0.0 if subjects is None else settings.noise
+        subjects = settings.noise_subjects or subjects or ()
         ids = subjects_of(self.tokenizer, subjects, self._anatomy.vocabulary) if isinstance(noise, str) else []
         if not isinstance(noise, str):
             _check_sigma(noise, noise, self.dtype)

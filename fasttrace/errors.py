@@ -10,6 +10,7 @@ __all__ = [
     "PlanError",
     "PromptError",
     "StoreError",
+    "UnequalLengthsError",
     "first_line",
     "kind_and_line",
 ]
@@ -47,6 +48,10 @@ class NumericsError(FasttraceError):
 
 class StoreError(FasttraceError):
     """A result cannot be written to, or read from, the given place."""
+
+
+class UnequalLengthsError(PromptError):
+    """A counterfactual has another number of tokens than its prompt; the message has both, one under the other."""
 
 
 SPEAKING = (OSError, ValueError, RuntimeError, ImportError)

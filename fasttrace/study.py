@@ -9,9 +9,10 @@ process, with the same numbers.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
+import pandas as pd
 import torch
 
 from fasttrace.checks import memory_told
@@ -23,13 +24,15 @@ from fasttrace.engines.passes import Progress
 from fasttrace.engines.readout import Scores
 from fasttrace.engines.self_check import EngineChoice, confirm, prompts_share_passes
 from fasttrace.errors import NumericsError, PromptError
-from fasttrace.experiment.cells import Cell, grid_cells
-from fasttrace.experiment.corruption import draw
+from fasttrace.experiment.cells import Cell, background_of, grid_cells
+from fasttrace.experiment.corruption import Corruption, Counterfactual, Embedder, Noise
+from fasttrace.experiment.metrics import MEANLESS
 from fasttrace.experiment.settings import Settings
 from fasttrace.facts.dataset import Fact
 from fasttrace.models.anatomy import Anatomy, module_paths
 from fasttrace.models.second_look import second_look_note
 from fasttrace.planning.cost import Cost
+from fasttrace.prompts.pairs import differing
 from fasttrace.prompts.prompt import Prompt, token_text
 from fasttrace.results.metric_grids import MetricGrids
 from fasttrace.results.record import Record
@@ -111,16 +114,25 @@ class Study:
 
     # One prompt.
 
-    def job(self, prompt: Prompt) -> Job:
-        """A prompt's cells and noise.
+    def job(self, prompt: Prompt, cells: tuple[Cell, ...] | None = None) -> Job:
+        """A prompt's corrupted runs and its cells.
+
+        Args:
+            prompt: encoded.
+            cells: to be scored; None: those of the grids.
 
         Raises:
             PlanError: samples, sigma or seed cannot be used.
         """
-        drawn = {"sigma": self.sigma, "samples": self.settings.samples, "seed": self.settings.seed}
-        noise = draw(prompt.span, self.anatomy.d_model, neutral=self.anatomy.neutral_token, **drawn)
+        runs = self._corruption(prompt).runs(prompt.token_ids, prompt.span, cast("Embedder", self.anatomy))
         ids = torch.tensor(prompt.token_ids, dtype=torch.long, device="cpu")
-        return Job(ids, noise, self._cells(len(ids)), prompt.target_id)
+        foil = () if prompt.foil_id is None else (prompt.foil_id,)
+        return Job(ids, runs, self._cells(len(ids)) if cells is None else cells, prompt.target_id, foil)
+
+    def _corruption(self, prompt: Prompt) -> Corruption:
+        if prompt.counterfactuals:
+            return Counterfactual(prompt.counterfactuals)
+        return Noise(self.sigma, self.settings.samples, self.settings.seed)
 
     def _cells(self, n_positions: int) -> tuple[Cell, ...]:
         grids = (grid_cells(s, width, self.anatomy.n_layers, n_positions) for s, width in self.windows.items())
@@ -161,6 +173,30 @@ class Study:
             others=metrics,
         )
 
+    def frame(
+        self, coordinates: Sequence[Mapping[str, Any]], cells: Sequence[Cell], prompt: Prompt, scores: Scores
+    ) -> pd.DataFrame:
+        """A row per cell: its coordinates, its metrics averaged over the corrupted runs, and their effects.
+
+        Args:
+            coordinates: of the cells, column -> value.
+            cells: in their order.
+            prompt: encoded.
+            scores: of these cells.
+        """
+        columns: dict[str, Any] = {}
+        runs: dict[str, dict[str, float]] = {"clean": {}, "corrupted": {}}
+        for name in scores.names:
+            if name in MEANLESS:
+                continue
+            clean, *corrupted = scores.base_of(name)
+            runs["clean"][name], runs["corrupted"][name] = float(clean), float(np.mean(corrupted))
+            columns[name] = scores.of(name).mean(-1)
+            columns[f"{name}_effect"] = columns[name] - [runs[background_of(cell)][name] for cell in cells]
+        frame = pd.concat([pd.DataFrame(list(coordinates)), pd.DataFrame(columns)], axis=1)
+        frame.attrs = {"runs": runs, "target_id": scores.target, **self._metadata(prompt), **scores.how}
+        return frame
+
     def _top(self, ids: np.ndarray, probs: np.ndarray) -> tuple[tuple[int, str, float], ...]:
         numbers = zip(ids.tolist(), probs.tolist(), strict=True)
         return tuple((token, token_text(self.tokenizer, token), prob) for token, prob in numbers)
@@ -173,8 +209,8 @@ class Study:
             "notes": [*self.about.get("notes", ()), *prompt.notes, *self._second_look()],
             "direction": DIRECTION,
             "background": BACKGROUND,
-            **self.settings.experiment(),
-            "sigma": self.sigma,
+            **(self._pair(prompt) if prompt.counterfactuals else self._noise()),
+            **self._foil(prompt),
             "dtype": str(self.anatomy.dtype).removeprefix("torch."),
             "device": str(self.anatomy.device),
             "attention": str(self.anatomy.config._attn_implementation),
@@ -186,6 +222,27 @@ class Study:
             "attention_by": "model",
             "versions": dict(versions()),
         }
+
+    def _noise(self) -> dict[str, Any]:
+        return {**self.settings.experiment(), "sigma": self.sigma}
+
+    def _pair(self, prompt: Prompt) -> dict[str, Any]:
+        """What a counterfactual is, in place of noise."""
+        others = [[token_text(self.tokenizer, token_id) for token_id in ids] for ids in prompt.counterfactuals]
+        return {
+            "counterfactual": list(prompt.counterfactual_texts),
+            "counterfactual_ids": [list(ids) for ids in prompt.counterfactuals],
+            "counterfactual_tokens": others,
+            "differing": list(differing(prompt.token_ids, prompt.counterfactuals)),
+            "samples": len(prompt.counterfactuals),
+            "direction": "denoising",
+        }
+
+    def _foil(self, prompt: Prompt) -> dict[str, Any]:
+        if prompt.foil_id is None:
+            return {}
+        foil = None if self.tokenizer is None else token_text(self.tokenizer, prompt.foil_id)
+        return {"foil": foil, "foil_id": prompt.foil_id}
 
     def _second_look(self) -> list[str]:
         """What the corrupted runs see beside noised embeddings, if anything."""

@@ -23,11 +23,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fasttrace
-from fasttrace import EngineError, FasttraceError, ModelError, PlanError, PromptError, api, study
+from fasttrace import EngineError, FasttraceError, ModelError, PlanError, PromptError, api
 from fasttrace.engines import ENGINES
 from fasttrace.engines.memory import Budget
 from fasttrace.engines.passes import run_in_passes
 from fasttrace.engines.self_check import _CHECKS
+from fasttrace.experiment import corruption
 from fasttrace.experiment.cells import grid_cells, windows_of
 from fasttrace.experiment.settings import ENGINE_NAMES, Settings
 from fasttrace.facts.dataset import Fact, read_facts
@@ -64,6 +65,8 @@ TRACE: dict[str, Any] = {
 }
 MANY = {name: TRACE[name] for name in TRACE if name not in ("prompt", "subject", "target", "first_target_token")}
 MANY = {name: value for name, value in MANY.items() if name != "progress"}
+PAIR = {"prompt": [5, 6, 7, 8], "counterfactual": [5, 6, 9, 8], "target": 7, "foil": 8, "subject": None}
+PAIR |= {name: TRACE[name] for name in ("samples", "noise", "engine", "progress")}
 MANY |= {"facts": facts_of(2), "require_correct": False, "strict": False}
 
 
@@ -254,7 +257,7 @@ def store(tmp_path_factory):
 
 
 def test_every_public_function_has_a_door(store):
-    doors = {name.rpartition(".")[2] for name in (*tracing_doors(store), *other_doors(store))}
+    doors = {name.partition(".")[0] for name in (*tracing_doors(store), *other_doors(store))}
     public = {name for name in fasttrace.__all__ if inspect.isfunction(getattr(fasttrace, name))}
     methods = {name for name, _ in inspect.getmembers(fasttrace.Tracer, inspect.isfunction) if not name.startswith("_")}
     assert public | methods - {"identity", "study_of"} <= doors
@@ -269,7 +272,7 @@ def running(**options):
 
 
 def into(folder):
-    tracer().run(facts_of(1), f"run{next(COUNT)}" if folder == "run" else folder, **FEW)
+    tracer().run(facts_of(1), f"run{next(COUNT)}" if isinstance(folder, str) and folder == "run" else folder, **FEW)
 
 
 def tracing_doors(_store):
@@ -277,6 +280,8 @@ def tracing_doors(_store):
     many = {name: MANY[name] for name in MANY if name != "facts"}
     return {
         "trace": Door(tracer().trace, TRACE, spans),
+        "trace.pair": Door(tracer().trace, PAIR, {"prompt": ("token",), "target": ("token",), "foil": ("token",)}),
+        "sweep": Door(tracer().sweep, PAIR | {"cells": [("mlp_output", 0, 1)]}, {"prompt": ("token",)}),
         "trace_many": Door(lambda **options: list(tracer().trace_many(**options)), MANY, {"facts": FACTS}),
         "run": Door(running, {**many, "facts": facts_of(1), "shard": "facts", "progress": None}, {"facts": FACTS}),
         "run.folder": Door(into, {"folder": "run"}, {"folder": ("write",)}),
@@ -342,6 +347,7 @@ rome_file_name plot plot_stream plot_figure save_figure plot_roles save_roles sa
 export.out Store.read Store.open Store.remaining Store.write Store.coverage Store.facts
 """
 NAMES = tuple(OTHERS.split())
+TRACING = ("trace", "trace.pair", "sweep", "trace_many", "run", "run.folder")
 
 
 @pytest.fixture
@@ -355,10 +361,10 @@ def up_to_the_engine(monkeypatch):
 
 
 def test_the_tables_have_every_door(store):
-    assert (*tracing_doors(store), *other_doors(store)) == ("trace", "trace_many", "run", "run.folder", *NAMES)
+    assert (*tracing_doors(store), *other_doors(store)) == (*TRACING, *NAMES)
 
 
-@pytest.mark.parametrize("name", ["trace", "trace_many", "run", "run.folder"])
+@pytest.mark.parametrize("name", TRACING)
 def test_an_odd_argument_of_a_trace_is_taken_or_named_before_the_self_check(
     name, store, up_to_the_engine, tmp_path, monkeypatch
 ):
@@ -452,7 +458,7 @@ def out_of_host_memory(*_args, **_options):
 @pytest.mark.parametrize("fails", [out_of_memory, out_of_host_memory])
 @pytest.mark.parametrize("call", [lambda: tracer().trace(**TRACE), lambda: list(tracer().trace_many(**MANY))])
 def test_memory_that_runs_out_before_a_pass_is_an_error_of_ours(call, fails, monkeypatch):
-    monkeypatch.setattr(study, "draw", fails)
+    monkeypatch.setattr(corruption.Noise, "drawn", fails)
     with pytest.raises(EngineError, match=r"out of memory while tracing \(.*allocate.*\): lower samples or budget"):
         call()
 

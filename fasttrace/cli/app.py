@@ -51,6 +51,9 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
+OF_A_PROMPT = ("subject", "target", "counterfactual", "foil")
+"""What a trace takes beside its settings."""
+
 
 app = typer.Typer(
     cls=Guarded,
@@ -117,6 +120,11 @@ def trace(
         ),
     ] = None,
     target_id: Annotated[int | None, typer.Option(help="The answer as a token id.")] = None,
+    counterfactual: Annotated[
+        list[str] | None,
+        typer.Option(help="Another prompt of as many tokens, whose run takes the place of noise; repeatable."),
+    ] = None,
+    foil: Annotated[str | None, typer.Option(help='An answer to compare the target with, e.g. " Rome".')] = None,
     ids: Annotated[
         bool, typer.Option("--ids", help="PROMPT is a list of token ids, and so is a target of digits.")
     ] = False,
@@ -129,7 +137,13 @@ def trace(
     overwrite: Overwrite = False,
 ) -> None:
     """Trace one prompt: a grid of restored probabilities (layers x tokens) for each stream."""
-    request = {"subject": _subject(subject, span), "target": _target(target, target_id, ids=ids), **settings}
+    request = {
+        "subject": _subject(subject, span, needed=not counterfactual),
+        "target": _target(target, target_id, ids=ids),
+        "counterfactual": _counterfactual(counterfactual, ids=ids),
+        "foil": _target(foil, None, ids=ids, name="foil"),
+        **settings,
+    }
     tokens = _token_ids(prompt) if ids else text("prompt", prompt, error=PromptError)
     wanted = _wanted(prompt, request, loading, ids=ids)
     if out is not None:
@@ -215,10 +229,12 @@ def verify(
 
 def _settings(request: dict[str, Any]) -> Settings:
     """Raises what a trace with these options would raise whatever the model."""
-    return Settings(**{name: value for name, value in request.items() if name not in ("subject", "target")})
+    return Settings(**{name: value for name, value in request.items() if name not in OF_A_PROMPT})
 
 
-def _subject(subject: str | None, span: str | None) -> str | tuple[int, int]:
+def _subject(subject: str | None, span: str | None, needed: bool = True) -> str | tuple[int, int] | None:
+    if subject is None and span is None and not needed:
+        return None
     if subject is None and span is None:
         raise PromptError("the subject is missing: give --subject TEXT or --span BEGIN:END")
     if subject is not None and span is not None:
@@ -236,7 +252,15 @@ def _subject(subject: str | None, span: str | None) -> str | tuple[int, int]:
     return begin, end
 
 
-def _target(target: str | None, token_id: int | None, ids: bool) -> str | int | None:
+def _counterfactual(prompts: list[str] | None, ids: bool) -> list[Any] | None:
+    if not prompts:
+        return None
+    if ids:
+        return [_token_ids(prompt) for prompt in prompts]
+    return [text("counterfactual", prompt, error=PromptError) for prompt in prompts]
+
+
+def _target(target: str | None, token_id: int | None, ids: bool, name: str = "target") -> str | int | None:
     if target is not None and token_id is not None:
         raise PromptError("the target is given twice: give --target TEXT or --target-id NUMBER, not both")
     if token_id is not None:
@@ -244,12 +268,11 @@ def _target(target: str | None, token_id: int | None, ids: bool) -> str | int | 
     if target is None:
         return None
     if not target:
-        raise PromptError(
-            "the target is empty: give the text of one token, or leave out --target for the model's own top prediction"
-        )
+        rest = " for the model's own top prediction" if name == "target" else ""
+        raise PromptError(f"the {name} is empty: give the text of one token, or leave out --{name}{rest}")
     if ids and target.isdecimal():
-        return _whole("--target", target)
-    return text("target", target, error=PromptError, empty=True)
+        return _whole(f"--{name}", target)
+    return text(name, target, error=PromptError, empty=True)
 
 
 def _token_ids(prompt: str) -> list[int]:
@@ -269,13 +292,17 @@ def _whole(name: str, digits: str) -> int:
 def _wanted(prompt: str, request: dict[str, Any], loading: dict[str, Any], ids: bool = False) -> dict:
     """What is known of a run before its model is loaded, by the keys of `outputs.identity`."""
     settings, (subject, target) = _settings(request), (request["subject"], request["target"])
-    known = settings.experiment() | {
-        "prompt": None if ids else prompt,
-        **({"subject": subject.strip()} if isinstance(subject, str) else {"span": subject}),
-    }
-    if not isinstance(settings.noise, str):
+    others = request.get("counterfactual")
+    known: dict[str, Any] = {"prompt": None if ids else prompt}
+    if others is None:
+        known |= settings.experiment()
+    else:
+        known["counterfactual"] = [None if ids else other for other in others]
+    if subject is not None:
+        known |= {"subject": subject.strip()} if isinstance(subject, str) else {"span": subject}
+    if not isinstance(known.get("noise", ""), str):
         known["sigma"] = known.pop("noise")
-    streams, window = settings.streams, settings.window
+    streams, window = settings.streams, settings.width(others is not None)
     known |= {"window": window} if streams is None else {"windows": windows_of(streams, window)}
     if isinstance(target, str) and not settings.first_target_token:
         known["target"] = target.strip()

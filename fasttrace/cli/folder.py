@@ -21,7 +21,7 @@ __all__ = ["DATA_FILE", "FIGURE_FILE", "check_folder", "identity", "write_run"]
 DATA_FILE = "trace.parquet"
 FIGURE_FILE = "figure.png"
 CSV_FILES = tuple(f"{site}.csv" for site in SITES)
-KEPT_METADATA = ("prompt", "sigma", "samples", "seed", "dtype")
+KEPT_METADATA = ("prompt", "counterfactual", "counterfactual_ids", "foil_id", "sigma", "samples", "seed", "dtype")
 
 
 def identity(result: "TraceResult") -> dict[str, Any]:

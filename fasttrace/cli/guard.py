@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from fasttrace.checks import is_out_of_memory
-from fasttrace.errors import FasttraceError, StoreError, first_line
+from fasttrace.errors import FasttraceError, StoreError, UnequalLengthsError, first_line
 
 __all__ = ["Guarded", "is_utf8", "say", "tell"]
 
@@ -98,6 +98,8 @@ def is_utf8() -> bool:
 
 def _message_of(error: Exception) -> str | None:
     """What to say on one line; None for an error that nobody expects."""
+    if isinstance(error, UnequalLengthsError):
+        return str(error)  # two prompts, one under the other
     if isinstance(error, FasttraceError):
         return " ".join(str(error).splitlines())
     if isinstance(error, UsageError):

@@ -124,17 +124,30 @@ def _case(result: "TraceResult") -> str:
     begin, end = result.span
     subject = "".join(result.tokens[begin:end]).strip()
     prompt = get("prompt") or " ".join(map(str, result.token_ids))
-    noise = f"{get('noise')} (sigma {_number(get('sigma'))})"
     return table(
         [
             ("prompt", prompt),
             ("subject", f"{_quoted(subject)} (tokens {begin} to {end - 1})"),
             ("target", _target(result)),
-            ("noise", f"{noise}, samples: {get('samples')}, seed: {get('seed')}"),
+            *_corruption(result),
             ("model", f"{get('model')} ({result.n_layers} blocks), {get('dtype')} on {get('device')}"),
             ("engine", f"{get('engine')}: {get('engine_reason')}"),
         ]
     )
+
+
+def _corruption(result: "TraceResult") -> list[tuple[str, str]]:
+    """What the corrupted runs are."""
+    get = result.metadata.get
+    if "counterfactual_tokens" not in result.metadata:
+        noise = f"{get('noise')} (sigma {_number(get('sigma'))})"
+        return [("noise", f"{noise}, samples: {get('samples')}, seed: {get('seed')}")]
+    rows = []
+    for others in result.metadata["counterfactual_tokens"]:
+        places = [place for place in get("differing", ()) if others[place] != result.tokens[place]]
+        changed = ", ".join(f"{place}: {_quoted(result.tokens[place])} -> {_quoted(others[place])}" for place in places)
+        rows.append(("counterfactual", f"{''.join(others).strip()} ({changed or 'equal to the prompt'})"))
+    return [*rows, *([("foil", _quoted(str(get("foil"))))] if get("foil") else [])]
 
 
 def _next_tokens(result: "TraceResult") -> str:

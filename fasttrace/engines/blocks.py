@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fasttrace.engines.job import Job, Tick, answer_tables
-from fasttrace.engines.metrics import Answers, distributions
+from fasttrace.engines.metrics import Answers, distributions, over_reads
 from fasttrace.engines.readout import (
     PromptAnswers,
     Scores,
@@ -140,38 +140,53 @@ class LastBlock:
     def scores(self, base_logits: Tensor, jobs: Sequence[Job]) -> list[Scores]:
         """Reads out all rows of every prompt; only then the host waits for the device."""
         plans, device = self.pack.plans, base_logits.device
-        sizes, n_base = [plan.last_tokens.size for plan in plans], [plan.n_base for plan in plans]
-        ends, numbers = np.cumsum(n_base), np.arange(len(plans))
+        n_reads = [len(plan.shape.read_positions) for plan in plans]
+        # Rows of logits and states are those of prompt after prompt, read after read.
+        sizes = np.repeat([plan.last_tokens.size for plan in plans], n_reads)
+        n_base = np.repeat([plan.n_base for plan in plans], n_reads)
+        ends, numbers = np.cumsum(n_base), np.arange(len(n_base))
+        rows_of_base = _rows_of_base([plan.n_base for plan in plans], n_reads, base_logits.shape[1])
         prompts, of_base = np.repeat(numbers, sizes), np.repeat(numbers, n_base)
         asked = answer_tables(jobs)
-        given = on_device([ends - n_base, prompts, of_base, *map(np.ravel, asked)], device)
-        clean_rows, rows, base_rows = given[:3]
-        targets, foils = (flat.view(table.shape) for flat, table in zip(given[3:], asked, strict=True))
+        given = on_device([rows_of_base, ends - n_base, prompts, of_base, *map(np.ravel, asked)], device)
+        at, clean_rows, rows, base_rows = given[:4]
+        targets, foils = (flat.view(table.shape) for flat, table in zip(given[4:], asked, strict=True))
+        base_logits = base_logits[:, 0] if base_logits.shape[1] == 1 else base_logits.flatten(0, 1)[at]
         answers = Answers.of(picked(base_logits, 0, clean_rows), targets, foils, jobs[0].metrics)
-        found = distributions(base_logits)
         base = scored_in_slices(base_logits, answers, of_base, base_rows)
         restored = scores_of_rows(self.anatomy, self.states, prompts, rows, answers, self.as_output)
+        first = np.cumsum(n_reads) - n_reads
+        found = distributions(base_logits).split(n_base.tolist())
         check_finite(self.block_sums, self.anatomy.dtype)
         parts = np.split(restored.cpu().numpy(), np.cumsum(sizes)[:-1], axis=1)
         bases = np.split(base.cpu().numpy(), ends[:-1], axis=1)
-        first = answers.targets[:, 0].tolist()
-        return [
-            scores_of_plan(
-                part.reshape(len(part), *plan.last_tokens.shape),
-                plan.cell_row,
-                of_runs,
-                of_tokens,
-                PromptAnswers(job.targets or (target,), job.foil, answers.names),
+        tokens = answers.targets[:, 0].tolist()
+        scores = []
+        for job, plan, begin, count in zip(jobs, plans, first.tolist(), n_reads, strict=True):
+            of_rows, of_runs = (
+                over_reads(answers.names, np.stack(each[begin : begin + count], axis=1)) for each in (parts, bases)
             )
-            for part, of_runs, of_tokens, plan, job, target in zip(
-                parts, bases, found.split(n_base), plans, jobs, first, strict=True
-            )
+            of_prompt = PromptAnswers(job.targets or tuple(tokens[begin : begin + count]), job.foil, answers.names)
+            of_rows = of_rows.reshape(len(of_rows), *plan.last_tokens.shape)
+            scores.append(scores_of_plan(of_rows, plan.cell_row, of_runs, found[begin], of_prompt))
+        return scores
+
+
+def _rows_of_base(n_base: Sequence[int], n_reads: Sequence[int], columns: int) -> np.ndarray:
+    """Where the logits of prompt after prompt, read after read, stand in [base row, last columns]."""
+    starts = np.cumsum(n_base) - n_base
+    return np.concatenate(
+        [
+            ((start + np.arange(count)) * columns + columns - reads + np.arange(reads)[:, None]).reshape(-1)
+            for start, count, reads in zip(starts, n_base, n_reads, strict=True)
         ]
+    )
 
 
-def base_logits(anatomy: Anatomy, ids: Tensor) -> Tensor:
-    """The model's forward over the base rows [base row, width]; last-position logits [base row, vocab]."""
+def base_logits(anatomy: Anatomy, pack: Pack, ids: Tensor) -> Tensor:
+    """The model's forward over the base rows [base row, width]; logits [base row, read, vocab] of the last columns."""
+    columns = max(len(plan.shape.read_positions) for plan in pack.plans)
     arguments: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if anatomy.keeps_logits:
-        arguments["logits_to_keep"] = slice(-1, None)  # an int lets gemma4 drop tokens, a tensor has one device
-    return anatomy.model(**arguments).logits[:, -1]
+        arguments["logits_to_keep"] = slice(-columns, None)  # an int lets gemma4 drop tokens, a tensor has one device
+    return anatomy.model(**arguments).logits[:, -columns:]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fasttrace.engines.metrics import NONE, Metric
+from fasttrace.errors import PlanError
 from fasttrace.experiment.cells import Cell
 from fasttrace.experiment.corruption import Runs
 from fasttrace.planning.edits import Shape
@@ -32,6 +33,8 @@ class Job:
         target: token id to score, or several; None: the clean run's top token.
         foil: token ids that the target is compared with; none: metrics that need them are left out.
         metrics: a user's own metrics, name and function; see `engines.metrics`.
+        reads: positions whose logits are scored, in rising order; none: the last. With several, an answer is read as
+            it is written: `target` has one token for each, and metrics are of all of them together.
         hidden_is_all: see `Shape`; where it is known to be so, cells that take whole states cost nothing.
     """
 
@@ -41,7 +44,15 @@ class Job:
     target: int | tuple[int, ...] | None
     foil: tuple[int, ...] = ()
     metrics: tuple[tuple[str, Metric], ...] = ()
+    reads: tuple[int, ...] = ()
     hidden_is_all: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.reads) > 1 and (self.foil or (self.targets and len(self.targets) != len(self.reads))):
+            raise PlanError(
+                f"an answer read at {len(self.reads)} positions has {len(self.targets)} tokens and a foil of "
+                f"{len(self.foil)}: give one token for each position, and no foil"
+            )
 
     @property
     def targets(self) -> tuple[int, ...]:
@@ -49,6 +60,13 @@ class Job:
         if self.target is None:
             return ()
         return self.target if isinstance(self.target, tuple) else (self.target,)
+
+    @property
+    def targets_at(self) -> list[tuple[int, ...]]:
+        """[read] token ids to score there; none: the clean run's top token."""
+        if len(self.reads) < 2:
+            return [self.targets]
+        return [(token,) for token in self.targets] or [()] * len(self.reads)
 
     @property
     def samples(self) -> int:
@@ -62,9 +80,11 @@ class Job:
         end, in the planner's words.
         """
         n_positions, span = len(self.token_ids), self.runs.span
+        if span[0] == n_positions:  # runs that differ nowhere; the last token is computed as if it did
+            span = n_positions - 1, n_positions
         if self.runs.neutral is not None:
             span = span[0], n_positions
-        return Shape(n_layers, n_positions, span, len(self.runs), hidden_is_all=self.hidden_is_all)
+        return Shape(n_layers, n_positions, span, len(self.runs), self.reads, self.hidden_is_all)
 
     def plan(self, n_layers: int, layout: Layout) -> Plan:
         """The compiled cells, from the cache after the first call."""
@@ -87,9 +107,11 @@ class Job:
 
 
 def answer_tables(jobs: Sequence[Job]) -> list[np.ndarray]:
-    """int64 [prompt, target] and [prompt, foil] of several prompts, filled up with `metrics.NONE`."""
+    """int64 [read, target] and [read, foil] of several prompts' reads, filled up with `metrics.NONE`."""
     tables = []
-    for sets, least in (([job.targets for job in jobs], 1), ([job.foil for job in jobs], 0)):
+    targets = [ids for job in jobs for ids in job.targets_at]
+    foils = [job.foil for job in jobs for _ in job.targets_at]
+    for sets, least in ((targets, 1), (foils, 0)):
         width = max(least, *map(len, sets))
         tables.append(np.array([[*ids, *[NONE] * (width - len(ids))] for ids in sets], dtype=np.int64))
     return tables

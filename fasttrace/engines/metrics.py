@@ -17,7 +17,7 @@ from torch import Tensor
 from fasttrace.errors import PlanError
 from fasttrace.experiment.metrics import FOIL_METRICS, METRICS
 
-__all__ = ["FUNCTIONS", "Answers", "Metric", "Read", "distributions", "scored", "shifted"]
+__all__ = ["FUNCTIONS", "Answers", "Metric", "Read", "distributions", "over_reads", "scored", "shifted"]
 
 NONE = -1
 """Fills up the rows of tables of token ids."""
@@ -226,6 +226,29 @@ def scored(logits: Tensor, answers: Answers, prompts: np.ndarray, rows: Tensor) 
     return torch.stack(
         [_checked(name, metric(logits, read), len(logits)).to(dtype) for name, metric in answers.metrics]
     )
+
+
+def over_reads(names: Sequence[str], table: np.ndarray) -> np.ndarray:
+    """Metrics of an answer that is read token by token, from those of its tokens.
+
+    Probabilities are multiplied; logarithms, logits and divergences are added up. The rank is the worst one, so that 0
+    says that every token comes first; `top1` is the first token's. Of a user's own metric it is the mean.
+
+    Args:
+        names: of the metrics.
+        table: [metric, read, ...].
+
+    Returns:
+        [metric, ...].
+    """
+    if table.shape[1] == 1:
+        return table[:, 0]
+    how = {"prob": np.prod, "rank": np.max, "top1": _first} | dict.fromkeys(("log_prob", "logit", "kl"), np.sum)
+    return np.stack([how.get(name, np.mean)(values, axis=0) for name, values in zip(names, table, strict=True)])
+
+
+def _first(values: np.ndarray, axis: int) -> np.ndarray:
+    return values.take(0, axis)
 
 
 def _checked(name: str, values: object, n_rows: int) -> Tensor:

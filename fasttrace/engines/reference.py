@@ -7,11 +7,12 @@ from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fasttrace.engines.job import Job, Tick, answer_tables
-from fasttrace.engines.metrics import Answers, distributions, scored
+from fasttrace.engines.metrics import Answers, distributions, over_reads, scored
 from fasttrace.engines.readout import Scores
 from fasttrace.errors import EngineError
 from fasttrace.experiment.cells import CLEAN, Cell, Edit, Vector, background_of
@@ -58,22 +59,25 @@ def run(anatomy: Anatomy, job: Job, tick: Tick, rows: int = 1) -> Scores:
         known = {place: torch.cat(parts) for place, parts in values.items()}
         all_base = torch.cat(base_logits)
         targets, foils = (torch.from_numpy(table).to(all_base.device) for table in answer_tables([job]))
-        answers = Answers.of(all_base[:1], targets, foils, job.metrics)
-        scores = [torch.zeros(len(answers.names), 0)]
+        answers = Answers.of(all_base[0], targets, foils, job.metrics)
+        scores = [np.zeros((len(answers.names), 0))]
         for part in _parts(restored, rows):
             scores.append(_scored(_pass(anatomy, job, part, known, ())[1], answers))
             for _ in part:
                 tick()
-    cells = torch.cat(scores, 1).double().numpy().reshape(len(answers.names), len(job.cells), job.samples)
-    of_base = torch.cat([_scored(logits, answers) for logits in base_logits], 1).double().numpy()
-    found = tuple(map(int, answers.targets[0]))
-    return Scores(found, job.foil, answers.names, cells, of_base, distributions(all_base))
+    cells = np.concatenate(scores, 1).reshape(len(answers.names), len(job.cells), job.samples)
+    of_base = np.concatenate([_scored(logits, answers) for logits in base_logits], 1)
+    found = tuple(map(int, answers.targets[0] if len(answers.targets) == 1 else answers.targets[:, 0]))
+    return Scores(found, job.foil, answers.names, cells, of_base, distributions(all_base[:, 0]))
 
 
-def _scored(logits: Tensor, answers: Answers) -> Tensor:
-    """[metric, row], on the host."""
-    rows = torch.zeros(len(logits), dtype=torch.long)
-    return scored(logits, answers, rows.numpy(), rows.to(logits.device)).cpu()
+def _scored(logits: Tensor, answers: Answers) -> np.ndarray:
+    """[metric, row] of logits [row, read, vocab]."""
+    of_reads = []
+    for read in range(logits.shape[1]):
+        rows = torch.full((len(logits),), read)
+        of_reads.append(scored(logits[:, read], answers, rows.numpy(), rows.to(logits.device)).cpu().double().numpy())
+    return over_reads(answers.names, np.stack(of_reads, axis=1))
 
 
 def _number_of(run: str, corrupted: int) -> int:
@@ -88,7 +92,7 @@ def _parts(runs: Sequence[Run], size: int) -> list[Sequence[Run]]:
 def _pass(
     anatomy: Anatomy, job: Job, runs: Sequence[Run], known: Values, wanted: Collection[tuple[str, int]]
 ) -> tuple[Values, Tensor]:
-    """One forward pass: the values it was asked to record, and logits of the last position [row, vocab]."""
+    """One forward pass: the values it was asked to record, and logits [row, read, vocab]."""
     recorded: Values = {}
     with ExitStack() as stack:
         is_fed_otherwise = job.runs.neutral is not None and job.runs.ids is None
@@ -103,7 +107,7 @@ def _pass(
         seen = torch.cat((job.token_ids[None], job.runs.seen(job.token_ids)))
         ids = seen[[number for _, number, _ in runs]].to(anatomy.device)
         logits = anatomy.model(input_ids=ids, use_cache=False).logits
-    return recorded, logits[:, -1]
+    return recorded, logits[:, list(job.reads or (-1,))]
 
 
 def _corrupted(job: Job, runs: Sequence[Run], prompt: Tensor | None, embeddings: Tensor) -> Tensor:

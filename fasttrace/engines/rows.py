@@ -39,7 +39,7 @@ def run(anatomy: Anatomy, job: Job, tick: Tick) -> Scores:
             _Step(anatomy, number, tables, pack.n_base, pack.width).hook(stack)
             stack.enter_context(output_hook(anatomy.blocks[number], last_block.watcher(tick)))
         stack.enter_context(raw_output_hook(anatomy.blocks[-1], last_block.split))
-        logits = base_logits(anatomy, base_ids([job]).to(anatomy.device))
+        logits = base_logits(anatomy, pack, base_ids([job]).to(anatomy.device))
     return last_block.scores(logits, [job])[0]
 
 

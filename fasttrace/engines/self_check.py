@@ -24,8 +24,9 @@ from fasttrace.engines.job import Job
 from fasttrace.engines.readout import Scores
 from fasttrace.engines.state import State, refuse_autocast, state_of
 from fasttrace.errors import EngineError, first_line, kind_and_line
-from fasttrace.experiment.cells import Cell, Edit, window_of
+from fasttrace.experiment.cells import CLEAN, CORRUPTED, ZERO, Cell, Edit, EditsIn, window_of
 from fasttrace.experiment.corruption import draw, sigma_of
+from fasttrace.experiment.sites import RESIDUAL, SITE
 from fasttrace.fusing.choose import cpu_matmul, failed_kernels, fused_attention, kernel_compiler
 from fasttrace.models.anatomy import Anatomy
 from fasttrace.models.hooks import exclusive, refuse_inside_a_pass
@@ -312,8 +313,13 @@ def _effect_of_batch(anatomy: Anatomy, job: Job) -> float:
 
 
 def _moved_by_nothing(expected: Scores) -> float:
-    """How far log p moves in the check's first cell, which restores a token before the subject."""
-    return float(np.abs(_log(expected.cells[0]) - _log(expected.base_of("prob")[1:])).max())
+    """How far log p moves in the check's first two cells.
+
+    One restores a token before the subject, where the runs do not differ, one writes a run's own values into it.
+    """
+    clean, *corrupted = _log(expected.base_of("prob"))
+    before, own = _log(expected.cells[:2])
+    return float(max(np.abs(before - corrupted).max(), np.abs(own - clean).max()))
 
 
 def _check_reference(anatomy: Anatomy, expected: Scores, tolerance: float) -> None:
@@ -325,8 +331,8 @@ def _check_reference(anatomy: Anatomy, expected: Scores, tolerance: float) -> No
     if moved > tolerance:
         raise EngineError(
             f"{name} does not read from left to right, or not twice the same: restoring a token before the subject, "
-            f"where the runs do not differ, moves log p by {moved:.1e} (allowed {tolerance:.0e}); causal tracing needs "
-            "a causal model that repeats its numbers"
+            f"where the runs do not differ, or a run's own values, moves log p by {moved:.1e} (allowed "
+            f"{tolerance:.0e}); causal tracing needs a causal model that repeats its numbers"
         )
 
 
@@ -427,17 +433,27 @@ def _check_job(anatomy: Anatomy, n_positions: int = POSITIONS) -> Job:
 
 
 def _check_cells(anatomy: Anatomy, n_positions: int, span: tuple[int, int]) -> Iterator[Cell]:
-    """A cell of all blocks before the subject (see `_check_reference`), two of every stream, and one in the last block.
+    """Two cells that change nothing (see `_moved_by_nothing`), and four of every stream.
 
-    The last one, off the last position, is right only if nothing mixes tokens after it, or the engine knows.
+    One of these is in the last block off the last position, which is right only if nothing mixes tokens after it, or
+    the engine knows; one is made in the clean run.
     """
     n_layers = anatomy.n_layers
     yield tuple(Edit("block_output", block, 0) for block in range(n_layers))
+    yield EditsIn(CLEAN, tuple(Edit(s, block, n_positions - 1) for s in anatomy.streams for block in range(n_layers)))
     for stream in anatomy.streams:
         for layer, position in ((n_layers // 4, span[0]), (n_layers // 2, n_positions - 1)):
             blocks = window_of(layer, 1 if stream == "block_output" else 3, n_layers)
             yield tuple(Edit(stream, block, position) for block in blocks)
         yield (Edit(stream, n_layers - 1, max(0, n_positions - 2)),)
+        yield EditsIn(CLEAN, tuple(_clean_run_edited(stream, n_layers, n_positions, span)))
+
+
+def _clean_run_edited(stream: str, n_layers: int, n_positions: int, span: tuple[int, int]) -> Iterator[Edit]:
+    """The corrupted run's value in the clean run, and zeros at a later place, but in the residual stream."""
+    yield Edit(stream, n_layers // 4, span[0], CORRUPTED)
+    if SITE[stream].stage != RESIDUAL:
+        yield Edit(stream, n_layers // 2, n_positions - 1, ZERO)
 
 
 def _no_tick() -> None:

@@ -107,7 +107,7 @@ def _run(anatomy: Anatomy, ready: Ready, tick: Tick, attention: Attention) -> li
             _Step(anatomy, number, tables, state).hook(stack, fork)
             stack.enter_context(output_hook(anatomy.blocks[number], last_block.watcher(tick)))
         stack.enter_context(raw_output_hook(anatomy.blocks[-1], last_block.split))
-        logits = base_logits(anatomy, ready.ids)
+        logits = base_logits(anatomy, pack, ready.ids)
     if state.calls != anatomy.n_layers:
         raise EngineError(f"{state.calls} of {anatomy.n_layers} blocks attended through the pack; use engine='rows'")
     how = {"attention_by": "groups" if state.kernel is None else state.kernel.by}

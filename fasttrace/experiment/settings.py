@@ -19,6 +19,7 @@ __all__ = [
     "ENGINE_NAMES",
     "ManyOptions",
     "Settings",
+    "SweepOptions",
     "TraceOptions",
     "engine_name",
     "noise_factor",
@@ -29,6 +30,9 @@ __all__ = [
 
 ENGINE_NAMES = ("wavefront", "fork", "rows", "reference")
 """Names of `engines.ENGINES`, in the order in which "auto" tries them."""
+
+NOISE_WINDOW = 10
+"""Blocks restored together where noise corrupts, as in Meng et al. (2022)."""
 
 MOST_SAMPLES = 1_000_000
 """Noise draws; each takes memory for its noise and its scores, and so many say nothing that a hundredth does not."""
@@ -45,7 +49,7 @@ class Settings:
 
     Attributes:
         streams: sites whose clean values are restored; None: those of the figure that the model has.
-        window: blocks restored together, except in the residual stream.
+        window: blocks restored together, except in the residual stream; None: NOISE_WINDOW, with a counterfactual 1.
         noise: standard deviation of the noise, or a rule such as "s3".
         noise_subjects: subjects, as text or token ids, to measure a noise rule on; None: the prompts' own.
         samples: noise draws, averaged.
@@ -63,7 +67,7 @@ class Settings:
     """
 
     streams: Sequence[str] | None = None
-    window: int = 10
+    window: int | None = None
     noise: float | str = "s3"
     noise_subjects: Sequence[str | Sequence[int]] | None = None
     samples: int = 10
@@ -78,7 +82,7 @@ class Settings:
     def __post_init__(self) -> None:
         checked = {
             "streams": None if self.streams is None else stream_names(self.streams),
-            "window": window_width(self.window),
+            "window": None if self.window is None else window_width(self.window),
             "noise": noise_value(self.noise),
             "noise_subjects": None if self.noise_subjects is None else _subjects(self.noise_subjects),
             "samples": whole_number("samples", self.samples, 1, MOST_SAMPLES, meaning="noise draws"),
@@ -90,6 +94,16 @@ class Settings:
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+    def width(self, pair: bool = False) -> int:
+        """Blocks restored together, except in the residual stream.
+
+        Args:
+            pair: the prompt has a counterfactual.
+        """
+        if self.window is not None:
+            return self.window
+        return 1 if pair else NOISE_WINDOW
 
     def experiment(self) -> dict[str, Any]:
         """The settings that change a prompt's numbers by more than rounding, by the names they have in results.
@@ -107,7 +121,19 @@ class TraceOptions(TypedDict, total=False):
     """Settings that `Tracer.trace` takes by name."""
 
     streams: Sequence[str] | None
-    window: int
+    window: int | None
+    noise: float | str
+    noise_subjects: Sequence[str | Sequence[int]] | None
+    samples: int
+    seed: int
+    engine: str
+    budget: int | str
+    first_target_token: bool
+
+
+class SweepOptions(TypedDict, total=False):
+    """Settings that `Tracer.sweep` takes by name."""
+
     noise: float | str
     noise_subjects: Sequence[str | Sequence[int]] | None
     samples: int
@@ -121,7 +147,7 @@ class ManyOptions(TypedDict, total=False):
     """Settings that `Tracer.trace_many` and `Tracer.run` take by name."""
 
     streams: Sequence[str] | None
-    window: int
+    window: int | None
     noise: float | str
     noise_subjects: Sequence[str | Sequence[int]] | None
     samples: int

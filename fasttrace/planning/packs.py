@@ -45,8 +45,8 @@ class Pack:
         blocks: tables over the common pack; `origin` is `base row * width + position`, and so is block 0's `source`.
             `Group.base` counts the base rows of one length.
         handed_on: [base row * width] the last block's tokens that stand for the base rows afterwards: the last token
-            of a short prompt again and again, so that the last column has the last token of every prompt.
-        read_tokens: [plan * sample * row * read] the tokens that each restored row is read at, in the last block's
+            of a short prompt again and again, and in the last columns the tokens that base rows are read at.
+        read_tokens: [plan * read * sample * row] the tokens that each restored row is read at, in the last block's
             pack.
         read_writes: vectors in the place of read tokens, counted in `read_tokens`.
         vectors: those of all plans.
@@ -182,6 +182,8 @@ class _Merge:
     def _repeated_ends(self, plan: Plan) -> np.ndarray:
         length = plan.shape.n_positions
         position = np.minimum(np.arange(self.width), length - 1)
+        reads = plan.shape.read_positions
+        position[self.width - len(reads) :] = reads
         return np.add.outer(np.arange(plan.n_base) * length, position).reshape(-1)
 
     def _each(self) -> Iterator[tuple[int, Plan]]:

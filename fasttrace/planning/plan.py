@@ -153,7 +153,7 @@ class Plan:
         shape: what it was compiled for.
         layout: what its rows hold.
         blocks: the tables, one set a block.
-        read_tokens: [sample, row, read] the tokens that each restored row is read at, in the last block's pack.
+        read_tokens: [read, sample, row] the tokens that each restored row is read at, in the last block's pack.
         read_writes: vectors that are put in the place of read tokens, counted in `read_tokens`.
         cell_row: [cell] the row of each cell, or CORRUPTED_CELL, or CLEAN_CELL.
         vectors: those that writes name.
@@ -175,7 +175,7 @@ class Plan:
     @property
     def last_tokens(self) -> np.ndarray:
         """[sample, row] the last token that each restored row is read at."""
-        return self.read_tokens[:, :, -1]
+        return self.read_tokens[-1]
 
     @cached_property
     def n_tokens(self) -> np.ndarray:
@@ -390,17 +390,18 @@ def _readout(
     tokens, _ = _taken_from(shape, parents, parent[number], base[number], sample, position, lengths)
     read_of = np.zeros(shape.n_positions, dtype=np.int64)
     read_of[reads] = np.arange(len(reads))
-    at = np.arange(len(number)).reshape(shape.copies, -1) * len(reads)
+    tokens = tokens.reshape(-1, len(reads)).T.reshape(-1)
+    at = np.arange(len(number)).reshape(shape.copies, -1)
     writes = []
     for of_vectors, _, some in _by_source_and_stage(edits):
         once = _once(shape, of_cell, len(parent), some)
-        to = at[:, of_cell[some.cell[once]]] + read_of[some.position[once]]
+        to = at[:, of_cell[some.cell[once]]] + read_of[some.position[once]] * len(number)
         to, taken_from = to.reshape(-1), _sources(shape, some.source[once], some.position[once], of_vectors)
         if of_vectors:
             writes.append(Write("block_output", to, taken_from, True))
         else:
             tokens[to] = taken_from
-    return of_cell, tokens.reshape(shape.copies, -1, len(reads)), tuple(writes)
+    return of_cell, tokens.reshape(len(reads), shape.copies, -1), tuple(writes)
 
 
 def _block(

@@ -33,6 +33,9 @@ class Prompt:
         subject: the subject as text; None without tokenizer.
         target_id: token whose probability is scored; None: the clean run's top token.
         notes: what differs from the prompt, subject and target as typed, a sentence each; logged as a warning.
+        foil_id: token that the target is compared with; None: there is none.
+        counterfactuals: token ids of prompts of as many tokens, which take the place of noise; see `prompts.pairs`.
+        counterfactual_texts: the same as given; None for token ids.
     """
 
     text: str | None
@@ -42,12 +45,15 @@ class Prompt:
     subject: str | None
     target_id: int | None
     notes: tuple[str, ...] = ()
+    foil_id: int | None = None
+    counterfactuals: tuple[tuple[int, ...], ...] = ()
+    counterfactual_texts: tuple[str | None, ...] = ()
 
 
 def encode(
     tokenizer: Any,
     prompt: str | Sequence[int],
-    subject: str | tuple[int, int],
+    subject: str | tuple[int, int] | None,
     target: str | int | None,
     *,
     vocabulary: int,
@@ -61,7 +67,8 @@ def encode(
     Args:
         tokenizer: a Hugging Face tokenizer; None if everything is given as token ids.
         prompt: text, or token ids. A chat template is not applied.
-        subject: text that occurs once in the prompt as a whole word, or else once, or a half-open token span.
+        subject: text that occurs once in the prompt as a whole word, or else once, or a half-open token span; None: the
+            prompt has none, its span is all of it.
         target: text that is one token behind the prompt, a token id, or None for the clean top token. A space is put
             before it where running text has one; see `target_token`.
         vocabulary: number of token ids the model knows.
@@ -76,7 +83,8 @@ def encode(
     text = _plain(prompt, "prompt") if isinstance(prompt, str) else None
     encoding = Encoding(token_ids("prompt", prompt), None, []) if text is None else _encoded(tokenizer, text)
     ids = encoding.ids
-    subject = _plain(subject, "subject") if isinstance(subject, str) else span_of("subject", subject)
+    if subject is not None:
+        subject = _plain(subject, "subject") if isinstance(subject, str) else span_of("subject", subject)
     first_target_token = flag("first_target_token", first_target_token, error=PromptError)
     _check_ids("the prompt", tokenizer, ids, vocabulary)
     _check_length(ids, max_positions)
@@ -150,13 +158,15 @@ def _check_length(ids: Sequence[int], max_positions: int | None) -> None:
 
 
 def _span_of(
-    subject: str | tuple[int, int],
+    subject: str | tuple[int, int] | None,
     start: int | None,
     text: str | None,
     offsets: Offsets | None,
     tokens: tuple[str, ...],
 ) -> tuple[tuple[int, int], list[str]]:
     """The subject's tokens, and what the user should be told about them."""
+    if subject is None:
+        return (0, len(tokens)), []
     if isinstance(subject, str):
         return _found_span(subject.strip(), start, text, offsets, tokens)
     begin, end = subject
@@ -226,6 +236,8 @@ def _covered(text: str, offsets: Offsets, begin: int, end: int) -> str:
 
 
 def _subject_text(tokenizer: Any, subject: Any, ids: Sequence[int]) -> str | None:
+    if subject is None:
+        return None
     if isinstance(subject, str):
         return subject.strip()
     return None if tokenizer is None else decoded(tokenizer, ids).strip()

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fasttrace.checks import one_of
+from fasttrace.checks import one_of, path_of
 from fasttrace.engines.memory import Budget
 from fasttrace.errors import PlanError, PromptError, StoreError
 from fasttrace.experiment.settings import Settings
@@ -125,7 +125,7 @@ def run(
             other errors.
     """
     one_of("shard", shard, SHARDS)
-    settings = Settings(first_target_token=True, **options)
+    settings, folder = Settings(first_target_token=True, **options), path_of("folder", folder)
     ranks = ranks or Ranks.current(cpu=tracer.device.type == "cpu")
     check_same_facts(ranks, facts)
     study, encoded, refused = tracer.study_of(facts, settings)
@@ -139,23 +139,25 @@ def run(
     check_same_run(ranks, {**fingerprint, "shard": shard})
     sigma, notes = study.sigma, ()
     if isinstance(settings.noise, str) and settings.noise_subjects is None:
-        sigma, notes = ranks.first(lambda: kept_sigma(study, Path(folder), facts))
+        sigma, notes = ranks.first(lambda: kept_sigma(study, folder, facts))
     about = {**study.about, "identity": digests(identities[ranks.rank]), "notes": notes}
     study = replace(study, sigma=sigma, about=about)
-    store = _opened(ranks, Path(folder), {**fingerprint, "sigma": sigma}, facts)
+    store = _opened(ranks, folder, {**fingerprint, "sigma": sigma}, facts)
     store.notes += notes
     return _Run(ranks, study, store, facts, progress).run(encoded, refused)
 
 
 def _opened(ranks: Ranks, folder: Path, fingerprint: Mapping[str, Any], facts: FactSet) -> Store:
     """The store in every process; the first one makes it, and sets aside what is damaged."""
+    made: list[Store] = []
 
     def first() -> None:
         store = Store.open(folder, fingerprint)
         store.describe(facts.name, len(facts), [str(bad) for bad in facts.bad], [fact.id for fact in facts])
+        made.append(store)
 
     ranks.first(first)
-    return Store.open(folder, fingerprint)
+    return made[0] if made else Store.open(folder, fingerprint)
 
 
 class _Run:
@@ -238,7 +240,7 @@ class _Run:
         unknown = [each for each in encoded if each.fact.id in left][self.ranks.rank :: self.ranks.world]
         shares = self.ranks.all(lambda: self.study.known(unknown))
         self._skip(shares[self.ranks.rank][1], sum(len(skipped) for _, skipped in shares))
-        status = self.ranks.first(self._status)
+        status = self.ranks.first(self.store.statuses)
         before = [each for each in encoded if each.fact.id not in left and status[each.fact.id] == "traced"]
         return [*before, *(each for known, _ in shares for each in known)]
 

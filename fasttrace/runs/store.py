@@ -226,6 +226,14 @@ class Store:
         """Parts that were looked at, or that a process told of, and the ids in each; nothing is listed for it."""
         return dict(self._ids)
 
+    def statuses(self) -> dict[str, str]:
+        """Of each fact in the parts that were looked at, "traced" or "skipped"; no part is read twice for it."""
+        self._scan()
+        return {
+            fact_id: "skipped" if fact_id in self._skipped[name] else "traced"
+            for fact_id, (name, _) in self._places().items()
+        }
+
     def learn(self, parts: Mapping[str, Mapping[str, bool]]) -> None:
         """Takes the word of other processes for parts that they wrote, which a listing may not show yet.
 

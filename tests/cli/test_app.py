@@ -749,3 +749,23 @@ def test_the_defaults_of_the_command_line_are_those_of_settings():
         for name in names:
             default = getattr(Settings, name)
             assert parameters[name].default == (str(default) if name in ("noise", "budget") else default), name
+
+
+def test_a_pair_is_traced_and_shown(tmp_path):
+    prompt = "When John and Mary went to the shops, John gave the bag to"
+    other = prompt.replace(", John", ", Mary")
+    options = ["--target", " Mary", "--foil", " John", "--stream", "block_output", "--out", str(tmp_path / "pair")]
+    done = CliRunner().invoke(cli.app, ["trace", prompt, "--counterfactual", other, *options])
+    assert done.exit_code == 0, done.output
+    assert '(9: " John" -> " Mary")' in done.stdout
+    again = CliRunner().invoke(
+        cli.app, ["trace", prompt, "--counterfactual", prompt.replace(", John", ", Sarah"), *options]
+    )
+    assert again.exit_code == 2
+    assert "holds another run (counterfactual" in again.stderr
+    unequal = CliRunner().invoke(
+        cli.app, ["trace", prompt, "--counterfactual", prompt.replace(", John", ", Annabelle")]
+    )
+    assert unequal.exit_code == 2
+    assert [line.split("|")[0].strip() for line in unequal.stderr.splitlines()[-2:]] == ["prompt", "counterfactual"]
+    assert CliRunner().invoke(cli.app, ["trace", prompt]).exit_code == 2

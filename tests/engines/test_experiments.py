@@ -218,7 +218,9 @@ def experiments(draw):
                 cell[place] = Edit(site, layer, position, source)
         cells.append(EditsIn(draw(st.sampled_from(RUNS)), tuple(cell.values())))
     job = job_of(family, corruption, cells)
-    return family, replace(job, hidden_is_all=draw(st.booleans()))
+    reads = tuple(sorted(draw(st.sets(st.integers(0, LAST), min_size=1, max_size=3))))
+    target = tuple(range(7, 7 + len(reads)))
+    return family, replace(job, reads=reads, target=target, hidden_is_all=draw(st.booleans()))
 
 
 @settings(max_examples=60, deadline=None)
@@ -255,3 +257,48 @@ def test_ablations_run_in_several_passes_without_any_corrupted_run(family):
     parts, _ = run_in_passes(ENGINES["wavefront"], tiny_anatomy(family), job, Budget(150))
     np.testing.assert_allclose(parts.cells, whole.cells, rtol=1e-5)
     assert set(whole.top) == {"clean"}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_answer_of_several_tokens_is_scored_as_it_is_written(family, engine):
+    """Teacher forcing: read at the last token of the prompt and at all but the last of the answer."""
+    cells = all_grids(STREAMS, 2, T)
+    reads, answer = (4, 5, 6), (PROMPT[5], PROMPT[6], 11)
+    job = replace(job_of(family, Noise(1.0, samples=2), cells), reads=reads, target=answer)
+    scores = run(engine, family, job)
+    probs = tiny_anatomy(family).model(input_ids=torch.tensor([PROMPT])).logits[0].softmax(-1)
+    expected = np.prod([probs[read, token].item() for read, token in zip(reads, answer, strict=True)])
+    assert scores.base_of("prob")[0] == pytest.approx(expected, rel=1e-4)
+    np.testing.assert_allclose(np.exp(scores.of("log_prob")), scores.cells, rtol=1e-4)
+    np.testing.assert_allclose(scores.clean, probs[4].detach(), rtol=1e-4)
+    # An edit behind a read cannot change what is read there.
+    late = replace(job, cells=((Edit("block_output", 1, 6),),))
+    at_last = replace(late, reads=(6,), target=(11,))
+    before = replace(late, cells=(), reads=(4, 5), target=answer[:2])
+    first = run(engine, family, before).base_of("prob")[1:]
+    np.testing.assert_allclose(
+        run(engine, family, late).cells[0], first * run(engine, family, at_last).cells[0], rtol=1e-4
+    )
+
+
+def test_prompts_that_are_read_at_other_places_share_a_pass(family):
+    from fasttrace.engines.wavefront import run_jobs
+
+    cells = all_grids(STREAMS, 2, T)
+    job = job_of(family, Noise(1.0, samples=2), cells)
+    short = job_of(family, Noise(1.0, samples=1), all_grids(STREAMS, 2, 4), prompt=PROMPT[:4])
+    jobs = [
+        replace(job, reads=(4, 5, 6), target=(1, 2, 3)),
+        job,
+        replace(short, reads=(1, 3), target=None),
+        replace(job, reads=(2,), target=5),
+    ]
+    for each, scores in zip(jobs, run_jobs(tiny_anatomy(family), jobs, lambda: None), strict=True):
+        expected = run("reference", family, each)
+        assert scores.targets == expected.targets
+        np.testing.assert_allclose(scores.table, expected.table, rtol=1e-4, atol=1e-6)
+
+
+def test_an_answer_needs_a_token_for_each_read():
+    with pytest.raises(PlanError, match="read at 2 positions has 3 tokens"):
+        replace(job_of("gpt2", NoCorruption(), ()), reads=(1, 2), target=(1, 2, 3))

@@ -11,6 +11,7 @@ import fasttrace
 from fasttrace import PlanError, PromptError, StoreError
 from fasttrace.facts.dataset import Fact, FactSet, read_facts
 from fasttrace.models.identity import digests
+from fasttrace.runs import store as stores
 from fasttrace.runs.run import run
 from fasttrace.runs.store import Store
 from tests.helpers.records import flip
@@ -412,3 +413,13 @@ def test_two_runs_at_once_in_one_folder_leave_every_fact_once(tracer, tmp_path, 
     assert others[0].traced == outcome.traced == len(FACTS)
     assert one_of_each(outcome.store) == undisturbed
     assert isinstance(undisturbed["0"].result, fasttrace.TraceResult)
+
+
+def test_a_start_on_a_folder_reads_each_part_three_times_at_most(tracer, tmp_path, monkeypatch):
+    """Once to open the store, once to compare its facts, once to count what there is at the end."""
+    run(tracer, FACTS, tmp_path, **SAME)
+    parts, read, right = len(list((tmp_path / "parts").iterdir())), [], stores.read_part
+    monkeypatch.setattr(stores, "read_part", lambda path, *columns: (read.append(path), right(path, *columns))[1])
+    assert run(tracer, FACTS, tmp_path, **SAME).before == len(FACTS)
+    assert parts > 1
+    assert max(map(read.count, read)) <= 3
