@@ -34,8 +34,9 @@ from fasttrace.models.second_look import second_look_note
 from fasttrace.planning.cost import Cost
 from fasttrace.prompts.pairs import differing
 from fasttrace.prompts.prompt import Prompt, token_text
+from fasttrace.results.metric_grids import MetricGrids
 from fasttrace.results.record import Record
-from fasttrace.results.result import TraceResult
+from fasttrace.results.result import BACKGROUND, DIRECTION, TraceResult
 from fasttrace.results.versions import versions
 
 __all__ = ["Encoded", "Planned", "Study", "encoded_facts"]
@@ -148,14 +149,16 @@ class Study:
                 f"probabilities came out as NaN in {self.anatomy.dtype}, with noise of standard deviation "
                 f"{self.sigma:g}; try dtype='bfloat16' or 'float32', or less noise"
             )
-        grids = scores.cells.reshape(len(self.windows), self.anatomy.n_layers, len(prompt.token_ids), -1)
-        high, *low = scores.base_of("prob")
+        shape = (len(self.windows), self.anatomy.n_layers, len(prompt.token_ids), -1)
+        found = ((name, scores.of(name).reshape(shape), scores.base_of(name)) for name in scores.names)
+        metrics = {name: MetricGrids.of_samples(name, tuple(self.windows), *each) for name, *each in found}
+        prob = metrics.pop("prob")
         return TraceResult(
-            prob=dict(zip(self.windows, grids.mean(-1), strict=True)),
-            prob_std=dict(zip(self.windows, grids.std(-1), strict=True)),
-            clean_prob=float(high),
-            corrupted_prob=float(np.mean(low)),
-            corrupted_std=float(np.std(low)),
+            prob=prob.mean,
+            prob_std=prob.std,
+            clean_prob=prob.clean,
+            corrupted_prob=prob.corrupted,
+            corrupted_std=prob.corrupted_std,
             tokens=prompt.tokens,
             token_ids=prompt.token_ids,
             span=prompt.span,
@@ -165,6 +168,9 @@ class Study:
             windows=dict(self.windows),
             cost=cost,
             metadata={**self._metadata(prompt), **scores.how},
+            target_ids=scores.targets,
+            foil_ids=scores.foils,
+            others=metrics,
         )
 
     def frame(
@@ -201,6 +207,8 @@ class Study:
             "prompt": prompt.text,
             "subject": prompt.subject,
             "notes": [*self.about.get("notes", ()), *prompt.notes, *self._second_look()],
+            "direction": DIRECTION,
+            "background": BACKGROUND,
             **(self._pair(prompt) if prompt.counterfactuals else self._noise()),
             **self._foil(prompt),
             "dtype": str(self.anatomy.dtype).removeprefix("torch."),

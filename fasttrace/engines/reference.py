@@ -75,8 +75,9 @@ def _scored(logits: Tensor, answers: Answers) -> np.ndarray:
     """[metric, row] of logits [row, read, vocab]."""
     of_reads = []
     for read in range(logits.shape[1]):
-        rows = torch.full((len(logits),), read)
-        of_reads.append(scored(logits[:, read], answers, rows.numpy(), rows.to(logits.device)).cpu().double().numpy())
+        rows = np.full(len(logits), read)
+        on_device = torch.from_numpy(rows).to(logits.device)
+        of_reads.append(scored(logits[:, read], answers, rows, on_device).cpu().double().numpy())
     return over_reads(answers.names, np.stack(of_reads, axis=1))
 
 

@@ -32,7 +32,8 @@ __all__ = [
     "write_parquet",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1 had no metric but prob; it is read."""
 SCHEMA_KEY = b"fasttrace"
 TEMPORARY = ".fasttrace-"
 HOUR = 3600.0

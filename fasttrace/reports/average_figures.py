@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from fasttrace.checks import instance, path_of, shown
@@ -55,8 +56,9 @@ VALUE_NAMES = {
     "prob": "Average probability of the answer",
     "indirect_effect": "Average indirect effect",
     "normalized_effect": "Average normalized effect",
+    "mean_of_ratios": "Average of normalized effects",
 }
-LEGENDS = {"prob": "p(answer)", "indirect_effect": "AIE", "normalized_effect": "IE / TE"}
+LEGENDS = {"prob": "p(answer)", "indirect_effect": "AIE", "normalized_effect": "IE / TE", "mean_of_ratios": "IE / TE"}
 PANEL_WIDTH = 4.4
 PANEL_HEIGHT = 2.45
 LINES_WIDTH = 4.0
@@ -123,7 +125,7 @@ def plot_lines(averages: Averages) -> "ggplot":
         + p9.scale_color_manual(values=colors)
         + p9.scale_fill_manual(values=colors)
         + _layer_scale(averages, margin=0.02)
-        + p9.labs(x="block", y=LEGENDS[averages.value], color="", fill="")
+        + p9.labs(x="block", y=legend(averages), color="", fill="")
         + _headline(averages)
         + _look(width)
         + p9.theme(legend_position="bottom", panel_spacing=0.25 / width, axis_title_y=p9.element_text(size=9))
@@ -173,7 +175,28 @@ def lowest(averages: Averages) -> float:
     Args:
         averages: what `fasttrace.reports.averages.average` gave.
     """
-    return float(_total(averages, "corrupted_prob")["mean"]) if averages.value == "prob" else 0.0
+    if averages.value != averages.metric:
+        return 0.0
+    return float(_total(averages, f"{averages.background}_{averages.metric}")["mean"])
+
+
+def legend(averages: Averages) -> str:
+    """What a color or an axis stands for.
+
+    Args:
+        averages: what `fasttrace.reports.averages.average` gave.
+    """
+    name = plots.METRIC_NAMES.get(averages.metric, averages.metric)
+    if averages.value == averages.metric:
+        return LEGENDS.get(averages.metric, name)
+    return LEGENDS[averages.value] if averages.metric == "prob" else f"{LEGENDS[averages.value]},\n{name}"
+
+
+def _value_name(averages: Averages) -> str:
+    name = plots.METRIC_NAMES.get(averages.metric, averages.metric)
+    if averages.value == averages.metric:
+        return VALUE_NAMES.get(averages.metric, f"Average {name}")
+    return VALUE_NAMES[averages.value] + ("" if averages.metric == "prob" else f" on {name}")
 
 
 def layer_title(stream: str, window: int) -> str:
@@ -222,15 +245,19 @@ def _panel(averages: Averages, stream: str, width: float) -> Any:
         + p9.geom_tile(width=1, height=1)
         + _layer_scale(averages)
         + p9.scale_y_reverse(breaks=list(rows.values()), labels=labels, expand=(0, 0))
-        + _fill_scale(averages, stream, float(cells["mean"].max()))
-        + p9.labs(x=title, y="", fill=LEGENDS[averages.value])
+        + _fill_scale(averages, stream, cells["mean"].to_numpy())
+        + p9.labs(x=title, y="", fill=legend(averages))
         + _look(width)
         + p9.theme(axis_title_y=p9.element_blank(), legend_key_width=9, legend_key_height=72 * 0.9)
     )
 
 
-def _fill_scale(averages: Averages, stream: str, high: float) -> Any:
+def _fill_scale(averages: Averages, stream: str, means: np.ndarray) -> Any:
     from mizani.bounds import squish
+
+    if averages.metric != "prob" and averages.value != averages.metric:
+        return plots.signed_scale(means)
+    high = float(means.max())
 
     p9 = plots._plotnine()
     low = lowest(averages)
@@ -262,13 +289,18 @@ def _headline(averages: Averages) -> Any:
     noun = "fact" if averages.facts == 1 else "facts"
     name = re.split(r"[\\/]", averages.model.rstrip("\\/"))[-1] if averages.model else ""
     where = f" in {plots._plain(plots._shortened(name, plots.NAME_LENGTH))}" if name else ""
-    clean, corrupted, total = (_total(averages, name) for name in ("clean_prob", "corrupted_prob", "total_effect"))
+    metric = averages.metric
+    clean, corrupted, total = (
+        _total(averages, name) for name in (f"clean_{metric}", f"corrupted_{metric}", "total_effect")
+    )
+    name_of = "p" if metric == "prob" else plots.METRIC_NAMES.get(metric, metric)
     effect = f"total effect {total['mean']:.3g}"
     if not math.isnan(total["low"]):
         effect += f" [{total['low']:.3g}, {total['high']:.3g}]"
     return plots._plotnine().labs(
-        title=f"{VALUE_NAMES[averages.value]}, {averages.facts:,} {noun}{where}",
-        subtitle=f"p: {clean['mean']:.3g} clean, {corrupted['mean']:.3g} corrupted; {effect}",
+        title=f"{_value_name(averages)}, {averages.facts:,} {noun}{where}",
+        subtitle=f"{name_of}: {clean['mean']:.3g} clean, {corrupted['mean']:.3g} corrupted; {effect}; "
+        f"{averages.direction}",
     )
 
 

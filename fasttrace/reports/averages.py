@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pandas as pd
 
 from fasttrace.checks import items, memory_for, memory_told, path_of, shown, span_of, whole_number
 from fasttrace.errors import PlanError
+from fasttrace.experiment.metrics import MEANLESS, METRICS, check_metric
 from fasttrace.files.writing import atomic_write
 from fasttrace.reports.sources import shown_records
 from fasttrace.reports.student import t_quantile
@@ -30,7 +31,10 @@ ROLES = (
     "further",
     "last",
 )
-VALUES = ("prob", "indirect_effect", "normalized_effect")
+EFFECTS = ("indirect_effect", "normalized_effect", "mean_of_ratios")
+VALUES = ("prob", *EFFECTS)
+SMALL_GAP = 0.01
+"""Of the mean of all facts' gaps: `mean_of_ratios` leaves out facts whose gap is smaller."""
 MOST_DRAWS = 1_000_000
 """Of the bootstrap."""
 MOST_POSITIONS = 10_000_000
@@ -44,7 +48,9 @@ class Averages:
     """Means over facts, and how far they can be trusted.
 
     Attributes:
-        value: what was averaged: ``prob``, ``indirect_effect`` or ``normalized_effect``.
+        value: what was averaged: the metric itself by its name, or one of `EFFECTS`.
+        metric: which metric that is of.
+        direction, background: of the results: see `TraceResult`.
         compat: ``"rome"`` if the roles and the facts are those of ROME's notebook, else None.
         streams: names of the streams, in the results' order.
         n_layers: how many blocks the model has.
@@ -53,11 +59,14 @@ class Averages:
         facts: how many facts were averaged.
         skipped: how many records have no result.
         wrong: how many facts ``compat="rome"`` left out because the model did not know the answer.
-        undefined: how many facts have a total effect of 0, and so no normalized effect.
+        undefined: how many facts were left out because they do not have the metric, or too small a gap for a ratio.
         notes: what else has to be known, such as facts that are missing.
     """
 
     value: str
+    metric: str
+    direction: str
+    background: str
     compat: str | None
     streams: tuple[str, ...]
     n_layers: int
@@ -93,8 +102,9 @@ class Averages:
 
         Returns:
             Columns quantity, stream, mean, facts, std_error, low, high, boot_low, boot_high. Quantities are
-            ``clean_prob``, ``corrupted_prob``, ``total_effect`` (stream None), and per stream
-            ``indirect_effect``, the mean over a fact's whole grid.
+            ``clean_prob``, ``corrupted_prob`` (of another metric its name in place of prob), ``total_effect``, the
+            source's less the background's (stream None), and per stream ``indirect_effect``, the mean over a fact's
+            whole grid.
         """
         return self._totals.copy()
 
@@ -141,6 +151,7 @@ def average(
     records: Store | Iterable[Record],
     *,
     value: str | None = None,
+    metric: str = "prob",
     compat: str | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
@@ -172,8 +183,12 @@ def average(
     Args:
         records: a store, or facts with results, read once and in any order. Those without a result are counted and
             left out; facts that the model does not know count like any other, unless compat says otherwise.
-        value: ``prob``, ``indirect_effect`` or ``normalized_effect``; by default the indirect effect, and
-            with ``compat="rome"`` the probability.
+        value: ``indirect_effect``, or the metric's own name; by default the effect, and with ``compat="rome"`` the
+            probability. Or ``normalized_effect``, a ratio of sums: of the effects, and of the (source - background)
+            that each token's effect could have been, which is what the method paragraph above calls n. Or
+            ``mean_of_ratios``, in which each token's effect is divided by its own fact's gap first: facts with a gap
+            below `SMALL_GAP` of the mean one are left out and counted in ``undefined``.
+        metric: a metric that the results have. Facts without it, as without a foil, are left out and counted.
         compat: ``"rome"`` averages as ROME's notebook does: probabilities, its overlapping roles (see
             ``token_roles``), and without facts whose ``correct`` is False.
         bootstrap: how many draws; 0 for none, which leaves NaN in boot_low and boot_high.
@@ -188,7 +203,7 @@ def average(
         PlanError: an unknown value or compat, results with different streams, windows or numbers of blocks,
             a grid that is not finite, or no fact to average.
     """
-    gathered = _Gathered(_checked_value(value, compat), compat)
+    gathered = _Gathered(*_checked_value(value, metric, compat), compat)
     bootstrap = whole_number("bootstrap", bootstrap)
     if not 0 <= bootstrap <= MOST_DRAWS:
         raise PlanError(f"bootstrap={bootstrap}: ask for 0 draws or more, up to {MOST_DRAWS}")
@@ -198,6 +213,7 @@ def average(
     for record in found:
         gathered.add(record)
     notes += () if shown is None else tuple(shown.notes)
+    gathered.divided()
     facts = len(gathered.check(notes).sums)
     notes += _few(facts, bootstrap)
     memory_for("bootstrap", bootstrap, 16 * bootstrap * facts, "its draws")
@@ -259,14 +275,16 @@ def _check_compat(compat: Any) -> None:
         raise PlanError(f"unknown compat {shown(compat)}: leave it out, or give 'rome'")
 
 
-def _checked_value(value: str | None, compat: str | None) -> str:
+def _checked_value(value: str | None, metric: str, compat: str | None) -> tuple[str, str]:
     _check_compat(compat)
-    value = ("prob" if compat else "indirect_effect") if value is None else value
-    if not isinstance(value, str) or value not in VALUES:
-        raise PlanError(f"unknown value {shown(value)}: expected one of {', '.join(VALUES)}")
+    if not isinstance(metric, str) or metric in MEANLESS:
+        raise PlanError(f"metric {shown(metric)} has no average: choose prob, logit_diff or another number")
+    value = (metric if compat else "indirect_effect") if value is None else value
+    if not isinstance(value, str) or value not in (metric, *EFFECTS):
+        raise PlanError(f"unknown value {shown(value)}: expected one of {', '.join((metric, *EFFECTS))}")
     if compat and value != "prob":
         raise PlanError(f"value {value!r} with compat='rome': ROME's notebook averages 'prob'; leave one of them out")
-    return value
+    return value, metric
 
 
 # What is kept of a fact: sums over its tokens, small enough for tens of thousands of facts.
@@ -278,6 +296,8 @@ class _FactSums:
     values: np.ndarray  # [stream, role, layer]
     squares: np.ndarray  # [stream, role, layer]
     totals: np.ndarray  # [3 + stream]
+    gap: float
+    divisors: np.ndarray | None = None  # [role] what the sums are divided by; None: the numbers of tokens
 
 
 @dataclass
@@ -285,6 +305,7 @@ class _Gathered:
     """Sums over the facts seen so far."""
 
     value: str
+    metric: str
     compat: str | None
     sums: list[_FactSums] = field(default_factory=list)
     first: TraceResult | None = None
@@ -299,7 +320,8 @@ class _Gathered:
             self.skipped += 1
         elif self.compat == "rome" and record.correct is False:
             self.wrong += 1
-        elif self.value == "normalized_effect" and result.total_effect == 0:
+        elif self.metric not in result.metrics:
+            check_metric(self.metric, (*METRICS, *result.metrics))
             self.undefined += 1
         else:
             self._add(result, record.fact.id)
@@ -308,19 +330,33 @@ class _Gathered:
         self.first = self.first or result
         _check_alike(result, self.first, name)
         self.models.add(result.metadata.get("model"))
-        grids = np.stack([result.grid(stream, self.value) for stream in result.streams])
+        value = None if self.value == self.metric else "indirect_effect"
+        grids = np.stack([result.grid(stream, value, metric=self.metric) for stream in result.streams])
         if not np.isfinite(grids).all():
             raise PlanError(f"fact {name!r} has cells that are not finite: trace it again, or leave it out")
         roles = token_roles(result.span, result.n_positions, self.compat).astype(float)
         with np.errstate(over="ignore", invalid="ignore"):
             values = (grids @ roles).swapaxes(1, 2)
             squares = (grids**2 @ roles).swapaxes(1, 2)
-            self.sums.append(_FactSums(roles.sum(axis=0), values, squares, _fact_totals(result)))
+            gap = result.gap(self.metric)
+            self.sums.append(_FactSums(roles.sum(axis=0), values, squares, _fact_totals(result, self.metric), gap))
+
+    def divided(self) -> None:
+        """Divides by gaps where that was asked for: each fact's effects by its own, or their sum by the gaps' sum."""
+        if self.value == "normalized_effect":
+            self.sums = [replace(each, divisors=each.tokens * each.gap) for each in self.sums]
+        if self.value == "mean_of_ratios":
+            least = SMALL_GAP * np.mean([abs(each.gap) for each in self.sums]) if self.sums else 0.0
+            kept = [each for each in self.sums if abs(each.gap) >= least and each.gap]
+            self.undefined += len(self.sums) - len(kept)
+            self.sums = [
+                replace(each, values=each.values / each.gap, squares=each.squares / each.gap**2) for each in kept
+            ]
 
     def check(self, notes: tuple[str, ...]) -> "_Gathered":
         if not self.sums:
             counts = f"{self.skipped} skipped, {self.wrong} that the model does not know"
-            found = "; ".join([f"{counts}, {self.undefined} with a total effect of 0", *notes])
+            found = "; ".join([f"{counts}, {self.undefined} without {self.metric} or a gap in it", *notes])
             raise PlanError(f"no fact to average ({found}): trace at least one")
         return self
 
@@ -328,6 +364,9 @@ class _Gathered:
         assert self.first is not None
         return Averages(
             value=self.value,
+            metric=self.metric,
+            direction=self.first.direction,
+            background=self.first.background,
             compat=self.compat,
             streams=self.first.streams,
             n_layers=self.first.n_layers,
@@ -339,12 +378,12 @@ class _Gathered:
             undefined=self.undefined,
             notes=notes,
             _cells=_cell_frame(self.sums, self.first, weights),
-            _totals=_totals_frame(self.sums, self.first, weights),
+            _totals=_totals_frame(self.sums, self.first, self.metric, weights),
         )
 
 
 def _check_alike(result: TraceResult, first: TraceResult, name: str) -> None:
-    for what in ("n_layers", "streams", "windows"):
+    for what in ("n_layers", "streams", "windows", "direction", "background"):
         found, expected = getattr(result, what), getattr(first, what)
         if found != expected:
             raise PlanError(
@@ -353,9 +392,10 @@ def _check_alike(result: TraceResult, first: TraceResult, name: str) -> None:
             )
 
 
-def _fact_totals(result: TraceResult) -> np.ndarray:
-    effects = [result.grid(stream, "indirect_effect").mean() for stream in result.streams]
-    return np.array([result.clean_prob, result.corrupted_prob, result.total_effect, *effects])
+def _fact_totals(result: TraceResult, metric: str) -> np.ndarray:
+    effects = [result.grid(stream, "indirect_effect", metric=metric).mean() for stream in result.streams]
+    runs = [result.run_value(run, metric) for run in ("clean", "corrupted")]
+    return np.array([*runs, result.gap(metric), *effects])
 
 
 # Statistics of ratios: sums over facts, divided by numbers of tokens.
@@ -382,7 +422,7 @@ def _ratios(sums: np.ndarray, tokens: np.ndarray, weights: np.ndarray) -> dict[s
 
 def _bootstrap(sums: np.ndarray, tokens: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
     drawn_tokens = weights @ tokens
-    usable = drawn_tokens > 0
+    usable = drawn_tokens != 0
     if not usable.any():
         return {"boot_low": np.nan, "boot_high": np.nan}
     means = (weights[usable] @ sums) / drawn_tokens[usable, None]
@@ -394,22 +434,23 @@ def _cell_frame(sums: list[_FactSums], first: TraceResult, weights: np.ndarray) 
     tokens = np.stack([fact.tokens for fact in sums])
     values = np.stack([fact.values for fact in sums])
     squares = np.sum([fact.squares for fact in sums], axis=0)
+    divisors = np.stack([fact.tokens if fact.divisors is None else fact.divisors for fact in sums])
     parts = []
     for i, stream in enumerate(first.streams):
         for role in np.flatnonzero(tokens.any(axis=0)):
             count = tokens[:, role].sum()
-            found = _ratios(values[:, i, role], tokens[:, role], weights)
+            found = _ratios(values[:, i, role], divisors[:, role], weights)
             variance = squares[i, role] / count - found["mean"] ** 2
-            pooled = np.sqrt(np.maximum(variance, 0) / count)
+            pooled = np.sqrt(np.maximum(variance, 0) / count) if sums[0].divisors is None else np.nan
             cells = {"stream": stream, "role": ROLES[role], "layer": np.arange(first.n_layers)}
             cells |= {"mean": found.pop("mean"), "count": int(count), **found, "pooled_std_error": pooled}
             parts.append(pd.DataFrame(cells))
     return pd.concat(parts, ignore_index=True)
 
 
-def _totals_frame(sums: list[_FactSums], first: TraceResult, weights: np.ndarray) -> pd.DataFrame:
+def _totals_frame(sums: list[_FactSums], first: TraceResult, metric: str, weights: np.ndarray) -> pd.DataFrame:
     totals = np.stack([fact.totals for fact in sums])
-    quantities = ["clean_prob", "corrupted_prob", "total_effect"]
+    quantities = [f"clean_{metric}", f"corrupted_{metric}", "total_effect"]
     names = {
         "quantity": quantities + ["indirect_effect"] * len(first.streams),
         "stream": np.array([None] * len(quantities) + list(first.streams), dtype=object),

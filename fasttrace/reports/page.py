@@ -17,7 +17,7 @@ from fasttrace.checks import items, mapping, path_of, text, whole_number
 from fasttrace.errors import PlanError
 from fasttrace.experiment.sites import color_map
 from fasttrace.files.writing import as_utf8, atomic_write
-from fasttrace.reports.average_figures import LEGENDS, ROLE_COLORS, ROLE_NAMES, layer_title, lowest
+from fasttrace.reports.average_figures import ROLE_COLORS, ROLE_NAMES, layer_title, legend, lowest
 from fasttrace.reports.averages import Averages, average
 from fasttrace.reports.sources import shown_records
 from fasttrace.results.figure import PlotError
@@ -197,7 +197,7 @@ def _averages(averages: Averages) -> dict[str, Any]:
         streams.append({"name": stream, "title": title, "color": color_map(stream), "lines": lines})
     totals = [{name: _plain(value) for name, value in row.items()} for row in averages.totals().to_dict("records")]
     peaks = [_peak(averages, stream) for stream in averages.streams]
-    base = {"value": LEGENDS[averages.value], "lowest": lowest(averages), "facts": averages.facts}
+    base = {"value": legend(averages), "lowest": lowest(averages), "facts": averages.facts}
     return base | {"streams": streams, "totals": totals, "peaks": peaks}
 
 

@@ -37,6 +37,13 @@ LEGEND_LENGTH = 9
 NAME_LENGTH = 24
 LETTERS_PER_INCH = 11
 MAX_TOKEN_ROWS = 120
+METRIC_NAMES = {
+    "log_prob": "log p",
+    "logit_diff": "logit difference",
+    "prob_diff": "difference of p",
+    "kl": "KL from clean",
+}
+"""How legends call metrics; others by their own names."""
 
 # Matplotlib's own font first; it lacks the scripts of East Asia, which the others have where installed.
 FONTS = (
@@ -55,33 +62,36 @@ class PlotError(FasttraceError):
     """A figure cannot be drawn on this installation."""
 
 
-def plot_stream(result: TraceResult, stream: str) -> "ggplot":
+def plot_stream(result: TraceResult, stream: str, metric: str | None = None) -> "ggplot":
     """Draws one stream as a heat map.
 
-    The lightest color is the corrupted run's probability, as in ROME; cells below it have that color too.
-    Subject tokens carry a star.
+    Of prob the lightest color is the corrupted run's, as in ROME; cells below it have that color too. Of any other
+    metric the signed effect is drawn, in two colors that meet at 0. Subject tokens carry a star.
 
     Args:
         result: the trace.
         stream: one of ``result.streams``.
+        metric: one of ``result.metrics``; None for ``result.default_metric``.
 
     Returns:
         A plotnine plot, as high as its tokens need.
 
     Raises:
-        PlanError: the stream was not traced.
+        PlanError: the stream was not traced, or the metric is unknown or a token's id.
         PlotError: plotnine is not installed.
     """
     instance("result", result, TraceResult, "Tracer.trace")
     size = _plotnine().theme(figure_size=(PANEL_WIDTH, _height(result)))
-    return _panel(result, stream, PANEL_WIDTH) + _headline(result, PANEL_WIDTH) + size
+    metric = metric or result.default_metric
+    return _panel(result, stream, PANEL_WIDTH, metric) + _headline(result, PANEL_WIDTH, metric) + size
 
 
-def plot_figure(result: TraceResult) -> "ggplot | Compose":
+def plot_figure(result: TraceResult, metric: str | None = None) -> "ggplot | Compose":
     """Draws all streams of a result as panels of one figure, three to a row.
 
     Args:
         result: the trace.
+        metric: as of `plot_stream`.
 
     Returns:
         A plotnine composition (a plot when there is but one stream) with the prompt above it.
@@ -91,22 +101,24 @@ def plot_figure(result: TraceResult) -> "ggplot | Compose":
     """
     instance("result", result, TraceResult, "Tracer.trace")
     if len(result.streams) == 1:
-        return plot_stream(result, result.streams[0])
+        return plot_stream(result, result.streams[0], metric)
+    metric = metric or result.default_metric
     columns = min(len(result.streams), PANELS_PER_ROW)
     width = columns * PANEL_WIDTH
-    panels = [_panel(result, stream, width) for stream in result.streams]
-    panels[0] += _headline(result, width)
+    panels = [_panel(result, stream, width, metric) for stream in result.streams]
+    panels[0] += _headline(result, width, metric)
     figure, n_rows = _arranged(panels, columns)
     return figure & _plotnine().theme(figure_size=(width, n_rows * _height(result)))
 
 
-def save_figure(result: TraceResult, path: str | os.PathLike[str], dpi: int = 200) -> None:
+def save_figure(result: TraceResult, path: str | os.PathLike[str], dpi: int = 200, metric: str | None = None) -> None:
     """Writes ``plot_figure`` to a file, whole or not at all.
 
     Args:
         result: the trace.
         path: a file that ends in .png, .pdf or .svg; an existing one is replaced, its folder made.
         dpi: dots per inch of a PNG.
+        metric: as of `plot_stream`.
 
     Raises:
         PlotError: plotnine is not installed.
@@ -116,7 +128,7 @@ def save_figure(result: TraceResult, path: str | os.PathLike[str], dpi: int = 20
     suffix = path.suffix.lower()
     if suffix not in FORMATS:
         raise StoreError(f"cannot tell the format of {path}: give a name that ends in {', '.join(FORMATS)}")
-    figure = plot_figure(result) + _plotnine().theme(dpi=dpi)
+    figure = plot_figure(result, metric) + _plotnine().theme(dpi=dpi)
     with atomic_write(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         warnings.filterwarnings("ignore", "Matplotlib currently does not support", UserWarning)
@@ -149,17 +161,21 @@ def _arranged(panels: list[Any], columns: int) -> "tuple[Compose, int]":
     return (rows[0] if len(rows) == 1 else composition.Stack(rows)), len(rows)
 
 
-def _panel(result: TraceResult, stream: str, width: float) -> "ggplot":
+def _panel(result: TraceResult, stream: str, width: float, metric: str) -> "ggplot":
     p9 = _plotnine()
     layer, position = (index.ravel() for index in np.indices((result.n_layers, result.n_positions)))
-    cells = pd.DataFrame({"layer": layer, "position": position, "prob": result.grid(stream).ravel()})
+    value = None if metric == "prob" else "indirect_effect"
+    grid = result.grid(stream, value, metric=metric)
+    cells = pd.DataFrame({"layer": layer, "position": position, "value": grid.ravel()})
+    scale = _fill_scale(result, stream) if value is None else signed_scale(grid)
+    legend = _probability_of(result, LEGEND_LENGTH) if value is None else effect_on(metric)
     return (
-        p9.ggplot(cells, p9.aes("layer", "position", fill="prob"))
+        p9.ggplot(cells, p9.aes("layer", "position", fill="value"))
         + p9.geom_tile(width=1, height=1)
         + _layer_scale(result)
         + _token_scale(result)
-        + _fill_scale(result, stream)
-        + p9.labs(x=_layer_title(result, stream), fill=_probability_of(result, LEGEND_LENGTH))
+        + scale
+        + p9.labs(x=_layer_title(result, stream), fill=legend)
         + _look(result, width)
     )
 
@@ -189,6 +205,21 @@ def _fill_scale(result: TraceResult, stream: str) -> Any:
     bar = p9.guide_colorbar(nbin=100, display="rectangles")  # a gradient is megabytes in an SVG
     options = {"limits": (low, high), "oob": squish, "labels": _number_labels, "guide": bar}
     return p9.scale_fill_cmap(color_map(stream), **options)
+
+
+def effect_on(metric: str) -> str:
+    """What a legend of signed effects says."""
+    return f"effect on\n{METRIC_NAMES.get(metric, metric)}"
+
+
+def signed_scale(values: np.ndarray) -> Any:
+    """A fill scale for effects of both signs: white is 0, and both colors are as long."""
+    from mizani.bounds import squish
+
+    p9 = _plotnine()
+    most = float(np.fmax.reduce(np.abs(values), axis=None, initial=0)) or 1e-12
+    bar = p9.guide_colorbar(nbin=100, display="rectangles")
+    return p9.scale_fill_cmap("RdBu", limits=(-most, most), oob=squish, labels=_number_labels, guide=bar)
 
 
 def _number_labels(numbers: Sequence[float]) -> list[str]:
@@ -250,15 +281,20 @@ def _model_name(result: TraceResult) -> str:
     return _plain(_shortened(name, NAME_LENGTH))
 
 
-def _headline(result: TraceResult, width: float) -> Any:
+def _headline(result: TraceResult, width: float, metric: str) -> Any:
     prompt = result.metadata.get("prompt")
     text = _visible((prompt if isinstance(prompt, str) else " ".join(result.tokens)).strip())
     target = _target_label(result, TOKEN_LENGTH)
     room = int(width * LETTERS_PER_INCH) - len(target) - 3
     return _plotnine().labs(
         title=f"{_plain(_shortened(text, room))} → {target}",
-        subtitle=f"p({target}): {result.clean_prob:.3g} clean, {result.corrupted_prob:.3g} corrupted",
+        subtitle=_subtitle(result, f"p({target})" if metric == "prob" else METRIC_NAMES.get(metric, metric), metric),
     )
+
+
+def _subtitle(result: TraceResult, name: str, metric: str) -> str:
+    clean, corrupted = (result.run_value(run, metric) for run in ("clean", "corrupted"))
+    return f"{name}: {clean:.3g} clean, {corrupted:.3g} corrupted; {result.direction}"
 
 
 def _probability_of(result: TraceResult, length: int) -> str:

@@ -14,10 +14,12 @@ import pyarrow as pa
 
 from fasttrace.checks import flag, path_of, shown, whole_number
 from fasttrace.errors import PlanError, StoreError
+from fasttrace.experiment.metrics import MEANLESS, check_metric
 from fasttrace.files.names import plain_name
 from fasttrace.files.received import NONSENSE, expect, why
 from fasttrace.files.writing import as_utf8, atomic_write, plain_json, read_parquet, write_parquet
 from fasttrace.planning.cost import Cost
+from fasttrace.results.metric_grids import MetricGrids
 from fasttrace.results.received import check_result, check_streams
 from fasttrace.results.rome import rome_arrays, rome_path
 
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
 __all__ = ["TraceResult", "load"]
 
 VALUES = ("prob", "prob_std", "indirect_effect", "normalized_effect")
+"""Columns of every frame, and of the default metric what `TraceResult.grid` gives."""
+EFFECTS = ("indirect_effect", "normalized_effect")
+DIRECTION, BACKGROUND = "denoising", "corrupted"
+"""What a result that does not say otherwise has."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +41,13 @@ class TraceResult:
     """Everything one trace found: a grid of probabilities per stream and what they are compared with.
 
     Probabilities are softmax probabilities of the target at the last position, averaged over the noise
-    samples. Grids are float64 [n_layers, n_positions] and read-only; ``grid`` gives a copy to work on.
+    samples; `others` has the same runs in the other metrics. Grids are float64 [n_layers, n_positions], float32 in the
+    other metrics, and read-only; ``grid`` gives a copy to work on.
     Two results are equal when every field is, arrays bit for bit (NaN equals NaN).
+
+    Effects are relative to the background, the run that edits are made in: the corrupted run when denoising, the clean
+    one when noising. Normalized, they are divided by (source - background), where the source is the other run: 0 is no
+    effect, 1 all of it, signed and never clipped.
 
     Attributes:
         prob: stream -> p(target) of each restored run, averaged over samples.
@@ -56,6 +67,9 @@ class TraceResult:
             device, engine, engine_reason, self_check_error, hooks (of others, on the model), attention_by ("kernel",
             "groups" or "model"), cpu_matmul (the libraries of a CPU), versions; where `fasttrace run` or
             `fasttrace trace --out` made it also identity, digests of what the model was (`fasttrace.models.identity`).
+        target_ids: all tokens of the target, if there are several; else target_id alone.
+        foil_ids: tokens that the target is compared with, if any.
+        others: metric -> its grids, for all metrics but prob.
     """
 
     prob: Mapping[str, np.ndarray]
@@ -72,12 +86,17 @@ class TraceResult:
     windows: Mapping[str, int]
     cost: Cost
     metadata: Mapping[str, Any]
+    target_ids: tuple[int, ...] = ()
+    foil_ids: tuple[int, ...] = ()
+    others: Mapping[str, MetricGrids] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Copies every field into plain types, so that what is saved and loaded again is equal."""
         plain = {name: _FIELD_TYPES[name](getattr(self, name)) for name in _FIELD_TYPES}
         for name, value in plain.items():
             object.__setattr__(self, name, value)
+        if not self.target_ids:
+            object.__setattr__(self, "target_ids", (self.target_id,))
         _check_shapes(self)
 
     def __eq__(self, other: object) -> bool:
@@ -113,40 +132,110 @@ class TraceResult:
         """p(target) of the clean run minus that of the corrupted run."""
         return self.clean_prob - self.corrupted_prob
 
-    def grid(self, stream: str, value: str = "prob") -> np.ndarray:
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics that this result has; `fasttrace.experiment.metrics.METRICS` says what they are."""
+        return ("prob", *self.others)
+
+    @property
+    def default_metric(self) -> str:
+        """What figures show when nothing is asked for: the logit difference where there is a foil, else prob."""
+        return "logit_diff" if "logit_diff" in self.others else "prob"
+
+    @property
+    def direction(self) -> str:
+        """Either "denoising", clean values into the corrupted run, or "noising", corrupted ones into the clean run."""
+        return str(self.metadata.get("direction", DIRECTION))
+
+    @property
+    def background(self) -> str:
+        """The run that edits are made in: "corrupted", or "clean"."""
+        return str(self.metadata.get("background", BACKGROUND))
+
+    def run_value(self, run: str, metric: str = "prob") -> float:
+        """Gives a metric of a run without edits.
+
+        Args:
+            run: "clean" or "corrupted", averaged over samples; or "background" or "source".
+            metric: one of ``metrics``.
+
+        Raises:
+            PlanError: an unknown run or metric.
+        """
+        known = _known("run", run, ("clean", "corrupted", "background", "source"))
+        if known in ("background", "source"):
+            known = "corrupted" if (known == "background") == (self.background == "corrupted") else "clean"
+        found = self._grids_of(metric)
+        return found.clean if known == "clean" else found.corrupted
+
+    def gap(self, metric: str = "prob") -> float:
+        """What restoring everything would change: a metric of the source run minus that of the background."""
+        return self.run_value("source", metric) - self.run_value("background", metric)
+
+    def grid(self, stream: str, value: str | None = None, *, metric: str | None = None) -> np.ndarray:
         """Gives one stream's grid as an array of its own.
 
         Args:
             stream: one of ``streams``.
-            value: ``prob``; ``prob_std`` over samples; ``indirect_effect``, prob minus the corrupted run's;
-                or ``normalized_effect``, that over the total effect: signed, never clipped, NaN when the
-                total effect is 0.
+            value: ``indirect_effect``, the metric minus the background's; or ``normalized_effect``, that over
+                (source - background): signed, never clipped, NaN when there is no gap; or a metric, or a metric's
+                name with ``_std`` for the standard deviation over samples; None for the metric itself.
+            metric: one of ``metrics``, which None, the metric itself, and effects are of; by default prob.
 
         Returns:
             float64 [n_layers, n_positions], a copy.
 
         Raises:
-            PlanError: the stream was not traced, or the value is not one of the four.
+            PlanError: the stream was not traced, an unknown value or metric, or two metrics.
         """
-        prob = self.prob[_known("stream", stream, self.streams)]
-        if _known("value", value, VALUES) == "prob":
-            return prob.copy()
-        if value == "prob_std":
-            return self.prob_std[stream].copy()
+        _known("stream", stream, self.streams)
+        if value is not None and value not in EFFECTS:
+            _known("value", value, self._values)
+            name = value.removesuffix("_std")
+            if metric is not None and metric != name:
+                raise PlanError(f"value {value!r} and metric {shown(metric)}: give one of the two")
+            found = self._grids_of(name)
+            return np.array(found.mean[stream] if name == value else found.std[stream], dtype=np.float64)
+        metric = self._metric(metric)
+        found = np.array(self._grids_of(metric).mean[stream], dtype=np.float64)
+        if value is None:
+            return found
+        if metric in MEANLESS:
+            raise PlanError(f"{value} of {metric}: token ids cannot be subtracted; choose another metric")
         with np.errstate(over="ignore", invalid="ignore"):
-            effect = prob - self.corrupted_prob
-            return effect if value == "indirect_effect" else _over(effect, self.total_effect)
+            effect = found - self.run_value("background", metric)
+            return effect if value == "indirect_effect" else _over(effect, self.gap(metric))
 
-    def to_frame(self) -> pd.DataFrame:
+    @property
+    def _values(self) -> tuple[str, ...]:
+        """What `grid` takes for value."""
+        spread = (f"{name}_std" for name in self.metrics if self._grids_of(name).std)
+        return (*self.metrics, *spread, *EFFECTS)
+
+    def _metric(self, name: str | None) -> str:
+        return "prob" if name is None else check_metric(name, self.metrics)
+
+    def _grids_of(self, metric: str) -> MetricGrids:
+        if self._metric(metric) == "prob":
+            return MetricGrids(self.prob, self.prob_std, self.clean_prob, self.corrupted_prob, self.corrupted_std)
+        return self.others[metric]
+
+    def to_frame(self, *, metric: str = "prob") -> pd.DataFrame:
         """Gives all grids as one tidy frame, a row per cell, ordered by stream, layer, position.
+
+        Args:
+            metric: one of ``metrics``, which the two effects are of.
 
         Returns:
             Columns stream, layer, position, token, in_subject, prob, prob_std, indirect_effect,
-            normalized_effect.
-        """
-        return pd.concat([self._stream_frame(stream) for stream in self.streams], ignore_index=True)
+            normalized_effect, and one for each other metric.
 
-    def _stream_frame(self, stream: str) -> pd.DataFrame:
+        Raises:
+            PlanError: an unknown metric.
+        """
+        return pd.concat([self._stream_frame(stream, metric) for stream in self.streams], ignore_index=True)
+
+    def _stream_frame(self, stream: str, metric: str = "prob") -> pd.DataFrame:
         start, stop = self.span
         layer, position = (index.ravel() for index in np.indices((self.n_layers, self.n_positions)))
         cells = {
@@ -156,24 +245,30 @@ class TraceResult:
             "token": np.array([as_utf8(token) for token in self.tokens], dtype=object)[position],
             "in_subject": (start <= position) & (position < stop),
         }
-        return pd.DataFrame(cells | {value: self.grid(stream, value).ravel() for value in VALUES})
+        cells |= {value: self.grid(stream, value).ravel() for value in ("prob", "prob_std")}
+        cells |= {value: self.grid(stream, value, metric=metric).ravel() for value in EFFECTS}
+        cells |= {name: found.mean[stream].ravel() for name, found in self.others.items()}
+        return pd.DataFrame(cells)
 
-    def strongest(self, stream: str, n: int = 3) -> pd.DataFrame:
-        """Gives the cells of a stream that bring back most of the target's probability.
+    def strongest(self, stream: str, n: int = 3, *, metric: str = "prob") -> pd.DataFrame:
+        """Gives the cells of a stream that come closest to the source run, or go furthest beyond it.
 
         Args:
             stream: one of ``streams``.
             n: how many cells; all of them when the grid has fewer.
+            metric: one of ``metrics``.
 
         Returns:
-            Rows of ``to_frame``, largest indirect effect first.
+            Rows of ``to_frame``, largest indirect effect first; smallest first in a metric of which the source run has
+            less than the background, as it has of kl.
 
         Raises:
-            PlanError: the stream was not traced, or n is below 1.
+            PlanError: the stream was not traced, an unknown metric, or n is below 1.
         """
         n = count_of(n)
-        frame = self._stream_frame(_known("stream", stream, self.streams))
-        return frame.sort_values("indirect_effect", ascending=False, kind="stable", ignore_index=True).head(n)
+        frame = self._stream_frame(_known("stream", stream, self.streams), metric)
+        upwards = self.gap(metric) < 0 and not (metric == "prob" and self.direction == DIRECTION)
+        return frame.sort_values("indirect_effect", ascending=upwards, kind="stable", ignore_index=True).head(n)
 
     def top_tokens(self, run: str = "clean", n: int = 10) -> pd.DataFrame:
         """Gives the most probable next tokens of the clean or the corrupted run.
@@ -217,6 +312,7 @@ class TraceResult:
             "corrupted_prob": self.corrupted_prob,
             "corrupted_std": self.corrupted_std,
             "total_effect": self.total_effect,
+            "metrics": {name: {run: self.run_value(run, name) for run in self.top} for name in self.metrics},
             "streams": {stream: self._stream_summary(stream, n) for stream in self.streams},
             "cost": dataclasses.asdict(self.cost),
         }
@@ -231,8 +327,8 @@ class TraceResult:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes everything into one parquet file that ``load`` reads back equal.
 
-        The table is ``to_frame()``, for any tool that reads parquet; the rest is JSON in the schema's
-        metadata. The file appears whole or not at all; its folder is made when it is missing.
+        The table is ``to_frame()`` and the standard deviations, for any tool that reads parquet; the rest is JSON in
+        the schema's metadata. The file appears whole or not at all; its folder is made when it is missing.
 
         Args:
             path: the file, e.g. ``"out/trace.parquet"``; an existing one is replaced.
@@ -240,7 +336,7 @@ class TraceResult:
         Raises:
             StoreError: the file cannot be written.
         """
-        write_parquet(path_of("path", path, file=True), self.to_frame(), _payload(self))
+        write_parquet(path_of("path", path, file=True), _saved_frame(self), _payload(self))
 
     def to_csv(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Writes one CSV per stream with the tutorial's columns ``layer,pos,prob``, layer by layer.
@@ -299,11 +395,12 @@ class TraceResult:
             np.savez(temporary, **arrays)
         return file
 
-    def plot(self, stream: str | None = None) -> "ggplot | Compose":
+    def plot(self, stream: str | None = None, *, metric: str | None = None) -> "ggplot | Compose":
         """Draws the heat map of one stream, or all of them side by side in one figure.
 
         Args:
             stream: one of ``streams``; None for the whole figure.
+            metric: one of ``metrics``; None for ``default_metric``.
 
         Returns:
             A plotnine plot or composition: show it, restyle it, or save it with its ``save``.
@@ -314,7 +411,7 @@ class TraceResult:
         """
         from fasttrace.results import figure as plots
 
-        return plots.plot_figure(self) if stream is None else plots.plot_stream(self, stream)
+        return plots.plot_figure(self, metric) if stream is None else plots.plot_stream(self, stream, metric)
 
 
 def load(path: str | os.PathLike[str]) -> TraceResult:
@@ -392,6 +489,10 @@ def _windows(windows: Mapping[str, int]) -> dict[str, int]:
     return {stream: int(window) for stream, window in windows.items()}
 
 
+def _others(others: Mapping[str, Any]) -> dict[str, MetricGrids]:
+    return {str(name): MetricGrids(*found).plain() for name, found in others.items()}
+
+
 _FIELD_TYPES = {
     "prob": _grids,
     "prob_std": _grids,
@@ -405,9 +506,12 @@ _FIELD_TYPES = {
     "top": _top,
     "windows": _windows,
     "metadata": lambda values: plain_json(values, "metadata"),
+    "target_ids": _ints,
+    "foil_ids": _ints,
+    "others": _others,
 }
 _FIELD_NAMES = tuple(field.name for field in dataclasses.fields(TraceResult))
-_GRID_FIELDS = ("prob", "prob_std")
+_GRID_FIELDS = ("prob", "prob_std", "others")
 
 
 def _check_shapes(result: TraceResult) -> None:
@@ -416,14 +520,19 @@ def _check_shapes(result: TraceResult) -> None:
     if len(result.token_ids) != len(result.tokens):
         raise PlanError(f"{len(result.token_ids)} token ids for {len(result.tokens)} tokens: need one each")
     expected = (result.n_layers, result.n_positions)
-    for grid in (*result.prob.values(), *result.prob_std.values()):
+    grids = [*result.prob.values(), *result.prob_std.values()]
+    for name, found in result.others.items():
+        if found.mean.keys() != result.prob.keys() or (found.std and found.std.keys() != result.prob.keys()):
+            raise PlanError(f"grids of {name} of {list(found.mean)}: expected {list(result.prob)}")
+        grids += [*found.mean.values(), *found.std.values()]
+    for grid in grids:
         if grid.shape != expected:
             raise PlanError(f"a grid of shape {grid.shape}: expected {expected}, layers by positions")
 
 
 def _same(left: Any, right: Any) -> bool:
     if isinstance(left, np.ndarray):
-        return left.shape == right.shape and _same_bits(left, right)
+        return left.shape == right.shape and left.dtype == right.dtype and _same_bits(left, right)
     if isinstance(left, float) and isinstance(right, float):
         return _same_bits(np.float64(left), np.float64(right))
     if isinstance(left, dict) and isinstance(right, dict):
@@ -434,7 +543,8 @@ def _same(left: Any, right: Any) -> bool:
 
 
 def _same_bits(left: Any, right: Any) -> bool:
-    equal_bits = left.view(np.int64) == right.view(np.int64)
+    bits = f"i{left.itemsize}"
+    equal_bits = left.view(bits) == right.view(bits)
     return bool(np.all(equal_bits | (np.isnan(left) & np.isnan(right))))
 
 
@@ -445,17 +555,34 @@ def _payload(result: TraceResult) -> dict[str, Any]:
     fields = {name: getattr(result, name) for name in _FIELD_NAMES if name not in _GRID_FIELDS}
     fields["cost"] = dataclasses.asdict(result.cost)
     shape = [result.n_layers, result.n_positions]
-    return {"streams": result.streams, "shape": shape, "fields": fields}
+    others = {name: [*found[2:], bool(found.std)] for name, found in result.others.items()}
+    return {"streams": result.streams, "shape": shape, "fields": fields, "metrics": others}
+
+
+def _saved_frame(result: TraceResult) -> pd.DataFrame:
+    """The frame, and the standard deviations that it leaves out."""
+    spread = {
+        f"{name}_std": np.concatenate([found.std[stream].ravel() for stream in result.streams])
+        for name, found in result.others.items()
+        if found.std
+    }
+    return result.to_frame().assign(**spread)
 
 
 def _from_payload(payload: dict[str, Any], table: pa.Table) -> TraceResult:
-    check_streams(payload["streams"])
-    shape = (len(payload["streams"]), *payload["shape"])
-    grids = {}
-    for name in _GRID_FIELDS:
+    streams = payload["streams"]
+    check_streams(streams)
+    shape = (len(streams), *payload["shape"])
+
+    def grids(name: str, kind: pa.DataType) -> dict[str, np.ndarray]:
         column = table.column(name)
-        expect(column.type == pa.float64(), f"column {name} of type {column.type}")  # null is NaN
-        values = column.to_numpy().reshape(shape)
-        grids[name] = dict(zip(payload["streams"], values, strict=True))
+        expect(column.type == kind, f"column {name} of type {column.type}")  # null is NaN
+        return dict(zip(streams, column.to_numpy().reshape(shape), strict=True))
+
+    found: dict[str, Any] = {name: grids(name, pa.float64()) for name in ("prob", "prob_std")}
+    others = {}
+    for name, (clean, corrupted, corrupted_std, has_std) in payload.get("metrics", {}).items():
+        std = grids(f"{name}_std", pa.float32()) if has_std else {}
+        others[name] = MetricGrids(grids(name, pa.float32()), std, clean, corrupted, corrupted_std)
     fields = payload["fields"]
-    return TraceResult(**grids, **{**fields, "cost": Cost(**fields["cost"])})
+    return TraceResult(**found, others=others, **{**fields, "cost": Cost(**fields["cost"])})

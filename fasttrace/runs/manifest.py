@@ -1,7 +1,7 @@
 """Manifest: what a store holds, as JSON that people can read and that shows when it was changed by hand.
 
     {
-      "format_version": 2,
+      "format_version": 3,
       "fingerprint": {"model": "gpt2-xl", "weights": "9f2c...", "config": {"n_layer": 48, ...}, "sigma": 0.135, ...},
       "facts": {"name": "known_1000", "n_facts": 1209, "bad_rows": [], "ids": ["0", "1", ...]},
       "checksum": "..."
@@ -9,7 +9,8 @@
 
 The fingerprint is all that changes a run's numbers; what it has under `NOTED`, names and versions, is not compared.
 ``facts`` says what the run was asked for by its last start. The checksum is the SHA-256 of all the rest. A store of
-format version 1 knew its model by name and by a sample of its weights: it can be read, and not be gone on with.
+format version 1 knew its model by name and by a sample of its weights, one of version 2 has no metric but prob: they
+can be read, and not be gone on with.
 """
 
 import hashlib
@@ -34,7 +35,7 @@ __all__ = [
     "write_manifest",
 ]
 
-STORE_VERSION = 2
+STORE_VERSION = 3
 VERSIONS = "versions"
 NOTED = ("model", "revision", "noise", VERSIONS)
 """What a fingerprint says for people: the model's digests and sigma decide."""
@@ -65,6 +66,11 @@ def join_manifest(path: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
         write_new(path, _text({"format_version": STORE_VERSION, "fingerprint": fingerprint, "facts": {}}), GO_ON)
     manifest = read_manifest(path)
     check_fingerprint(manifest["fingerprint"], fingerprint, str(path.parent))
+    if manifest["format_version"] < STORE_VERSION:
+        raise StoreError(
+            f"{path.parent} was written by an earlier version of fasttrace, which kept no metric but prob: give "
+            "another folder; average, report and export still read it"
+        )
     return manifest
 
 

@@ -20,9 +20,13 @@ A row is a fact. The columns:
     prob_STREAM      the stream's grid: p(target) with that cell restored (list of n_layers * n_positions double,
                      layer by layer: the cell of layer l and position p is number l * n_positions + p, from 0)
     std_STREAM       its standard deviation over samples, in the same order
-    details          the rest as JSON: streams (in order), top, cost, windows, metadata, subject_start (where the
-                     fact's source says so), and under "exact" those texts that are not valid Unicode, which the
-                     columns show with "?"
+    METRIC_STREAM, METRIC_std_STREAM
+                     the same in another metric (list of float: a store of all metrics stays within three times the
+                     size of one of prob alone; results have these numbers as float too)
+    details          the rest as JSON: streams (in order), top, cost, windows, metadata, target_ids, foil_ids, metrics
+                     (of each the clean run's, the corrupted runs' mean and standard deviation, and whether there are
+                     deviations of cells), subject_start (where the fact's source says so), and under "exact" those
+                     texts that are not valid Unicode, which the columns show with "?"
 
 A skipped fact has null from ``tokens`` on, ``details`` excepted. Every column is in every part of a run, so
 ``pandas.read_parquet("DIR/parts")`` and ``SELECT * FROM 'DIR/parts/*.parquet'`` read the whole run; a fact that two
@@ -37,7 +41,8 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +51,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fasttrace.errors import StoreError
+from fasttrace.experiment.cells import SITES
+from fasttrace.experiment.metrics import METRICS, SPREADLESS
 from fasttrace.facts.dataset import Fact
 from fasttrace.files.received import NONSENSE, expect, parsed, read_regular, why
 from fasttrace.files.writing import SCHEMA_KEY, as_utf8
 from fasttrace.planning.cost import Cost
+from fasttrace.results.metric_grids import MetricGrids
 from fasttrace.results.received import check_result, check_streams
 from fasttrace.results.record import Record
 from fasttrace.results.result import TraceResult
@@ -94,6 +102,14 @@ SHORT_SUM = 16
 NAME = re.compile(r"part-\d{3,}-\d{6,}-[0-9a-f]{8}-([0-9a-f]{16})\.parquet")
 
 
+def _columns_of(metric: str) -> tuple[str, ...]:
+    return (metric,) if metric in SPREADLESS else (metric, f"{metric}_std")
+
+
+OF_METRICS = frozenset(f"{value}_{site}" for name in METRICS[1:] for value in _columns_of(name) for site in SITES)
+"""Columns of the metrics that fasttrace knows, prob apart."""
+
+
 class DamagedPartError(StoreError):
     """A part is not what was written, or gone."""
 
@@ -127,7 +143,11 @@ def encode_part(records: Sequence[Record], streams: Iterable[str], fingerprint: 
         StoreError: a record is neither traced nor skipped, or its id cannot be written.
     """
     rows = [_row(record) for record in records]
-    schema = _schema(dict.fromkeys([*streams, *(stream for record in records for stream in _streams(record))]))
+    results = [record.result for record in records if record.result is not None]
+    schema = _schema(
+        dict.fromkeys([*streams, *(stream for result in results for stream in result.streams)]),
+        dict.fromkeys([*METRICS[1:], *(metric for result in results for metric in result.others)]),
+    )
     payload = json.dumps({"format_version": STORE_VERSION, "fingerprint": fingerprint}).encode()
     table = pa.Table.from_pylist(rows, schema.with_metadata({SCHEMA_KEY: payload}))
     sink = pa.BufferOutputStream()
@@ -206,8 +226,7 @@ def _decoded(table: pa.Table, row: int) -> Record:
     if cells["status"] == "skipped":
         return Record(fact, None, cells["reason"], cells["correct"])
     check_streams(details["streams"])
-    prob, std = (_grids(table, row, value, details["streams"]) for value in ("prob", "std"))
-    result = _result(cells, details, prob, std)
+    result = _result(cells, details, partial(_grids, table, row, streams=details["streams"]))
     check_result(result)
     expect(result.n_positions == cells["n_positions"], f"{cells['n_positions']} positions, {result.n_positions} tokens")
     return Record(fact, result, None, cells["correct"])
@@ -247,9 +266,10 @@ def _check_columns(schema: pa.Schema) -> None:
         found = schema.field(field.name).type
         expect(found == field.type, f"column {field.name} of type {found}, expected {field.type}")
     for field in schema:
-        value, _, stream = field.name.partition("_")
-        if value in ("prob", "std"):
-            check_streams([stream])
+        if field.name in OF_METRICS:
+            expect(field.type == pa.list_(pa.float32()), f"column {field.name} of type {field.type}")
+        elif field.name.startswith(("prob_", "std_")):
+            check_streams([field.name.partition("_")[2]])
             expect(field.type == pa.list_(pa.float64()), f"column {field.name} of type {field.type}")
 
 
@@ -279,13 +299,12 @@ def _checked_bytes(path: Path) -> bytes:
     return content
 
 
-def _streams(record: Record) -> tuple[str, ...]:
-    return () if record.result is None else record.result.streams
-
-
-def _schema(streams: Iterable[str]) -> pa.Schema:
-    names = [f"{value}_{stream}" for stream in streams for value in ("prob", "std")]
-    grids = [pa.field(name, pa.list_(pa.float64())) for name in names]
+def _schema(streams: Iterable[str], metrics: Iterable[str]) -> pa.Schema:
+    streams = list(streams)
+    probs = [f"{value}_{stream}" for stream in streams for value in ("prob", "std")]
+    others = [f"{value}_{stream}" for stream in streams for name in metrics for value in _columns_of(name)]
+    grids = [pa.field(name, pa.list_(pa.float64())) for name in probs]
+    grids += [pa.field(name, pa.list_(pa.float32())) for name in others]
     return pa.schema([*PLAIN_COLUMNS, *grids, pa.field("details", pa.string())])
 
 
@@ -316,6 +335,9 @@ def _check(record: Record) -> None:
 
 def _cells(result: TraceResult) -> dict[str, Any]:
     grids = {f"prob_{stream}": grid.ravel() for stream, grid in result.prob.items()}
+    for metric, found in result.others.items():
+        grids |= {f"{metric}_{stream}": grid.ravel() for stream, grid in found.mean.items()}
+        grids |= {f"{metric}_std_{stream}": grid.ravel() for stream, grid in found.std.items()}
     return (
         grids
         | {f"std_{stream}": grid.ravel() for stream, grid in result.prob_std.items()}
@@ -336,26 +358,42 @@ def _cells(result: TraceResult) -> dict[str, Any]:
 
 
 def _details(result: TraceResult) -> dict[str, Any]:
-    kept = {name: getattr(result, name) for name in ("streams", "top", "windows", "metadata")}
-    return kept | {"cost": dataclasses.asdict(result.cost)}
+    kept = {name: getattr(result, name) for name in ("streams", "top", "windows", "metadata", "target_ids", "foil_ids")}
+    metrics = {name: [*found[2:], bool(found.std)] for name, found in result.others.items()}
+    return kept | {"cost": dataclasses.asdict(result.cost), "metrics": metrics}
 
 
 def _grids(table: pa.Table, row: int, value: str, streams: Iterable[str]) -> dict[str, np.ndarray]:
     n_layers = table.column("n_layers")[row].as_py()
     lists = {stream: table.column(f"{value}_{stream}")[row] for stream in streams}
+    for grid in lists.values():
+        expect(pa.types.is_floating(grid.type.value_type), f"a grid of type {grid.type}")
     return {stream: grid.values.to_numpy().reshape(n_layers, -1) for stream, grid in lists.items()}
 
 
-def _result(cells: Mapping[str, Any], details: Mapping[str, Any], prob: Any, prob_std: Any) -> TraceResult:
+def _others(details: Mapping[str, Any], grids: Callable[[str], Mapping[str, np.ndarray]]) -> dict[str, MetricGrids]:
+    """Of a part of an earlier format none."""
+    return {
+        name: MetricGrids(grids(name), grids(f"{name}_std") if has_std else {}, *numbers)
+        for name, (*numbers, has_std) in details.get("metrics", {}).items()
+    }
+
+
+def _result(
+    cells: Mapping[str, Any], details: Mapping[str, Any], grids: Callable[[str], Mapping[str, np.ndarray]]
+) -> TraceResult:
     kept = ("clean_prob", "corrupted_prob", "corrupted_std", "tokens", "token_ids", "target_id")
     return TraceResult(
-        prob=prob,
-        prob_std=prob_std,
+        prob=grids("prob"),
+        prob_std=grids("std"),
         span=(cells["span_start"], cells["span_stop"]),
         target=cells["target_token"],
         top=details["top"],
         windows=details["windows"],
         cost=Cost(**details["cost"]),
         metadata=details["metadata"],
+        target_ids=details.get("target_ids", ()),
+        foil_ids=details.get("foil_ids", ()),
+        others=_others(details, grids),
         **{name: cells[name] for name in kept},
     )

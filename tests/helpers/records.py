@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 
+from fasttrace.experiment.metrics import METRICS, SPREADLESS
 from fasttrace.facts.dataset import Fact
 from fasttrace.planning.cost import Cost
+from fasttrace.results.metric_grids import MetricGrids
 from fasttrace.results.record import Record
 from fasttrace.results.result import TraceResult
 from fasttrace.runs.store import Store
@@ -14,6 +16,7 @@ from fasttrace.runs.store import Store
 STREAMS = ("block_output", "mlp_activation", "attention_output")
 TOKENS = ("The", " Space", " Need", "le", " is", "\n", " 東京")
 N_LAYERS = 5
+SHAPE = (N_LAYERS, len(TOKENS))
 FINGERPRINT = {
     "model": "gpt2-xl",
     "revision": "abc",
@@ -53,6 +56,21 @@ def make_result(**changes):
         },
     }
     return TraceResult(**{**fields, **changes})
+
+
+def metric_grids(seed=0, std=True, streams=STREAMS, shape=SHAPE, **changes):
+    """A metric beside prob, of numbers that float32 holds."""
+    random = np.random.default_rng(seed)
+    mean, spread = ({s: random.standard_normal(shape).astype(np.float32) for s in streams} for _ in range(2))
+    fields = {"mean": mean, "std": spread if std else {}, "clean": 3.5, "corrupted": -1.25, "corrupted_std": 0.5}
+    return MetricGrids(**{**fields, **changes})
+
+
+def all_metrics(**changes):
+    """A result with a foil and every metric."""
+    names = [name for name in METRICS if name != "prob"]
+    others = {name: metric_grids(seed, std=name not in SPREADLESS) for seed, name in enumerate(names)}
+    return make_result(others=others, foil_ids=(11, 12), **changes)
 
 
 def rewrite(path, change):

@@ -8,6 +8,7 @@ import pytest
 from fasttrace.errors import PlanError, StoreError
 from fasttrace.reports import averages as averages_module
 from fasttrace.reports.averages import ROLES, average, token_roles
+from fasttrace.results.metric_grids import MetricGrids
 from tests.helpers.averaged import N_LAYERS, SHAPES, STREAMS, facts, make_result, record
 from tests.helpers.counts import calls_in
 
@@ -69,7 +70,7 @@ def test_a_subject_outside_the_prompt_is_refused(span):
 # Means.
 
 
-@pytest.mark.parametrize("value", ["prob", "indirect_effect", "normalized_effect"])
+@pytest.mark.parametrize("value", ["prob", "indirect_effect", "mean_of_ratios"])
 def test_means_and_counts_are_those_of_an_obvious_loop(value):
     records = facts()
     seen: dict = {}
@@ -77,7 +78,8 @@ def test_means_and_counts_are_those_of_an_obvious_loop(value):
         roles = token_roles(result.span, result.n_positions)
         for stream, layer, position in itertools.product(STREAMS, range(N_LAYERS), range(result.n_positions)):
             role = ROLES[roles[position].argmax()]
-            seen.setdefault((stream, role, layer), []).append(result.grid(stream, value)[layer, position])
+            grid = result.grid(stream, "normalized_effect" if value == "mean_of_ratios" else value)
+            seen.setdefault((stream, role, layer), []).append(grid[layer, position])
     frame = average(records, value=value, bootstrap=0).to_frame()
     assert len(frame) == len(seen) == 3 * 7 * N_LAYERS
     for row in frame.itertuples():
@@ -310,11 +312,50 @@ def test_skipped_records_are_left_out_and_counted():
     assert (averages.facts, averages.skipped) == (1, 2)
 
 
-def test_a_fact_without_a_total_effect_has_no_normalized_effect():
-    flat = make_result(clean_prob=0.25, corrupted_prob=0.25)
-    averages = average([record(flat), record(make_result())], value="normalized_effect", bootstrap=0)
-    assert (averages.facts, averages.undefined) == (1, 1)
-    assert average([record(flat), record(make_result())], bootstrap=0).facts == 2
+def test_a_fact_with_a_small_total_effect_has_no_part_in_a_mean_of_ratios_and_is_counted():
+    flat, nearly = (make_result(clean_prob=0.25 + gap, corrupted_prob=0.25) for gap in (0, 0.001))
+    given = [record(each) for each in (flat, nearly, make_result(clean_prob=0.9))]
+    averages = average(given, value="mean_of_ratios", bootstrap=0)
+    assert (averages.facts, averages.undefined) == (1, 2)
+    assert average(given, bootstrap=0).facts == average(given, value="normalized_effect", bootstrap=0).facts == 3
+
+
+def test_the_normalized_effect_is_a_ratio_of_sums_with_an_interval_from_the_bootstrap():
+    given = facts(40)
+    averages = average(given, value="normalized_effect", bootstrap=400)
+    for stream, role in (("block_output", "last_subject"), ("mlp_activation", "further")):
+        effects, gaps = np.zeros(N_LAYERS), 0.0
+        for result in (each.result for each in given):
+            of_role = token_roles(result.span, result.n_positions)[:, ROLES.index(role)]
+            effects += result.grid(stream, "indirect_effect")[:, of_role].sum(1)
+            gaps += of_role.sum() * result.total_effect
+        rows = averages.to_frame().query("stream == @stream and role == @role")
+        np.testing.assert_allclose(rows["mean"], effects / gaps, rtol=1e-12)
+        assert ((rows["boot_low"] < rows["mean"]) & (rows["mean"] < rows["boot_high"])).all()
+
+
+def test_any_metric_is_averaged_and_facts_without_it_are_left_out_and_counted():
+    def with_metric(seed, foil):
+        random = np.random.default_rng(seed)
+        grids = {stream: random.standard_normal((N_LAYERS, 7)).astype(np.float32) for stream in STREAMS}
+        names = ("kl", "logit_diff") if foil else ("kl",)
+        others = {name: MetricGrids(grids, grids, clean=2.0, corrupted=-1.0 - seed) for name in names}
+        return make_result(seed=seed, others=others)
+
+    results = [with_metric(seed, foil=seed != 1) for seed in range(3)]
+    averages = average([record(each, str(n)) for n, each in enumerate(results)], metric="logit_diff", bootstrap=0)
+    assert (averages.facts, averages.undefined, averages.metric) == (2, 1, "logit_diff")
+    totals = averages.totals().set_index("quantity")["mean"]
+    assert (totals["clean_logit_diff"], totals["corrupted_logit_diff"], totals["total_effect"]) == (2, -2, 4)
+    expected = np.mean([results[n].grid("block_output", metric="logit_diff")[2, 6] + 1 + n for n in (0, 2)])
+    rows = averages.to_frame().query("stream == 'block_output' and role == 'last' and layer == 2")
+    assert rows["mean"].item() == pytest.approx(expected)
+    itself = average([record(each) for each in results], metric="kl", value="kl", bootstrap=0)
+    assert (itself.facts, itself.value) == (3, "kl")
+    with pytest.raises(PlanError, match="unknown metric 'odd'"):
+        average([record(results[0])], metric="odd")
+    with pytest.raises(PlanError, match="'top1' has no average"):
+        average([record(results[0])], metric="top1")
 
 
 @pytest.mark.parametrize(

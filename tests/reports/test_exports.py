@@ -24,7 +24,7 @@ def store_of(path, *records):
 def test_rome_files_have_romes_names_and_arrays(tmp_path):
     store = store_of(tmp_path, traced(12), skipped(7), traced(3))
     paths = export(store, tmp_path / "out", "rome-npz")
-    names = [f"knowledge_{i}{kind}.npz" for i in (3, 12) for kind in ("", "_mlp", "_attn")]
+    names = [f"knowledge_{i}{kind}.npz" for i in (3, 12) for kind in ("", "_attn", "_mlp")]
     assert paths == [*(tmp_path / "out" / "cases" / name for name in names), tmp_path / "out" / "cases.csv"]
     assert sorted(path.name for path in (tmp_path / "out" / "cases").iterdir()) == sorted(names)
     with np.load(tmp_path / "out" / "cases" / "knowledge_12_mlp.npz") as case:
@@ -72,7 +72,9 @@ def test_of_two_streams_that_rome_gives_one_name_the_activation_is_written(tmp_p
 
 def test_streams_that_rome_does_not_know_are_refused(tmp_path):
     store = store_of(tmp_path, Record(fact(1), streams_only("block_input")))
-    with pytest.raises(StoreError, match=r"the store has block_input, ROME has files for block_output, mlp_activation"):
+    with pytest.raises(
+        StoreError, match="the store has block_input, ROME has files for block_output, attention_output"
+    ):
         export(store, tmp_path, "rome-npz")
 
 

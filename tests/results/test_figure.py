@@ -100,7 +100,7 @@ def test_a_panel_names_layers_tokens_and_answer_as_the_tutorial_does():
     assert "center of interval of 10 restored mlp layers" in found
     assert "p(Seattle)" in found
     assert "The Space Needle is in downtown → Seattle" in found
-    assert "p(Seattle): 0.976 clean, 0.26 corrupted" in found
+    assert "p(Seattle): 0.976 clean, 0.26 corrupted; denoising" in found
 
 
 @pytest.mark.parametrize(

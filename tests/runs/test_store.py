@@ -171,7 +171,8 @@ def test_pandas_reads_the_whole_folder_of_parts_also_when_the_first_has_no_trace
     grid = row.prob_mlp_activation.reshape(int(row.n_layers), int(row.n_positions))
     np.testing.assert_array_equal(grid, result_of(2).grid("mlp_activation"))
     assert row.tokens.tolist() == list(result_of(2).tokens)
-    assert set(json.loads(row.details)) == {"streams", "top", "windows", "metadata", "cost", "exact"}
+    metrics = {"metrics", "target_ids", "foil_ids"}
+    assert set(json.loads(row.details)) == {"streams", "top", "windows", "metadata", "cost", "exact", *metrics}
 
 
 def test_the_facts_of_rome_on_the_largest_gpt2_take_less_than_a_hundred_megabytes(tmp_path):
