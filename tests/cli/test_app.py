@@ -769,3 +769,14 @@ def test_a_pair_is_traced_and_shown(tmp_path):
     assert unequal.exit_code == 2
     assert [line.split("|")[0].strip() for line in unequal.stderr.splitlines()[-2:]] == ["prompt", "counterfactual"]
     assert CliRunner().invoke(cli.app, ["trace", prompt]).exit_code == 2
+
+
+def test_trace_takes_a_direction(folder, tmp_path):
+    assert trace(folder, "--direction", "noising", "--out", tmp_path).exit_code == 0
+    assert fasttrace.load(tmp_path / "trace.parquet").direction == "noising"
+    again = trace(folder, "--out", tmp_path)
+    assert again.exit_code == 2
+    assert "holds another run (direction" in again.stderr
+    wrong = trace(folder, "--direction", "up")
+    assert wrong.exit_code == 2
+    assert "unknown direction 'up': give one of denoising, noising" in wrong.stderr
