@@ -142,6 +142,8 @@ def test_every_option_reaches_the_api(folder, tmp_path, monkeypatch):
         "prompt": PROMPT,
         "subject": (0, 3),
         "target": " Seattle",
+        "counterfactual": None,
+        "foil": None,
         "streams": ("block_output", "mlp_output"),
         "window": 3,
         "noise": "s2",
