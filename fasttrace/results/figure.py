@@ -111,16 +111,24 @@ def plot_figure(result: TraceResult, metric: str | None = None) -> "ggplot | Com
     return figure & _plotnine().theme(figure_size=(width, n_rows * _height(result)))
 
 
-def save_figure(result: TraceResult, path: str | os.PathLike[str], dpi: int = 200, metric: str | None = None) -> None:
-    """Writes ``plot_figure`` to a file, whole or not at all.
+def save_figure(
+    result: TraceResult,
+    path: str | os.PathLike[str],
+    dpi: int = 200,
+    metric: str | None = None,
+    stream: str | None = None,
+) -> None:
+    """Writes ``plot_figure`` to a file, or ``plot_stream`` of one stream, whole or not at all.
 
     Args:
         result: the trace.
         path: a file that ends in .png, .pdf or .svg; an existing one is replaced, its folder made.
         dpi: dots per inch of a PNG.
         metric: as of `plot_stream`.
+        stream: one of ``result.streams``; None for the whole figure.
 
     Raises:
+        PlanError: the stream was not traced, or the metric is unknown or a token's id.
         PlotError: plotnine is not installed.
         StoreError: another suffix, or the file cannot be written.
     """
@@ -128,7 +136,8 @@ def save_figure(result: TraceResult, path: str | os.PathLike[str], dpi: int = 20
     suffix = path.suffix.lower()
     if suffix not in FORMATS:
         raise StoreError(f"cannot tell the format of {path}: give a name that ends in {', '.join(FORMATS)}")
-    figure = plot_figure(result, metric) + _plotnine().theme(dpi=dpi)
+    figure = plot_figure(result, metric) if stream is None else plot_stream(result, stream, metric)
+    figure += _plotnine().theme(dpi=dpi)
     with atomic_write(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         warnings.filterwarnings("ignore", "Matplotlib currently does not support", UserWarning)

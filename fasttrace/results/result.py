@@ -339,7 +339,7 @@ class TraceResult:
         write_parquet(path_of("path", path, file=True), _saved_frame(self), _payload(self))
 
     def to_csv(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Writes one CSV per stream with the tutorial's columns ``layer,pos,prob``, layer by layer.
+        """Writes one CSV per stream with the tutorial's columns ``layer,pos,prob``, and the other metrics' behind them.
 
         Args:
             folder: where ``{stream}.csv`` go; made when missing, files of that name are replaced.
@@ -355,7 +355,7 @@ class TraceResult:
         for stream, path in paths.items():
             cells = self._stream_frame(stream).rename(columns={"position": "pos"})
             with atomic_write(path) as temporary:
-                cells[["layer", "pos", "prob"]].to_csv(temporary, index=False, lineterminator="\n")
+                cells[["layer", "pos", *self.metrics]].to_csv(temporary, index=False, lineterminator="\n")
         return list(paths.values())
 
     def save_rome_npz(
