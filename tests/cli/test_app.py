@@ -150,6 +150,7 @@ def test_every_option_reaches_the_api(folder, tmp_path, monkeypatch):
         "noise_subjects": ["The Space Needle", "The Eiffel Tower"],
         "samples": 4,
         "seed": 9,
+        "direction": "denoising",
         "engine": "rows",
         "budget": 77,
         "first_target_token": True,
