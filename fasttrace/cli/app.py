@@ -297,7 +297,7 @@ def _wanted(prompt: str, request: dict[str, Any], loading: dict[str, Any], ids: 
     """What is known of a run before its model is loaded, by the keys of `outputs.identity`."""
     settings, (subject, target) = _settings(request), (request["subject"], request["target"])
     others = request.get("counterfactual")
-    known: dict[str, Any] = {"prompt": None if ids else prompt}
+    known: dict[str, Any] = {"prompt": None if ids else prompt, "direction": settings.direction}
     if others is None:
         known |= settings.experiment()
     else:

@@ -17,7 +17,7 @@ from fasttrace.checks import instance, path_of, whole_number
 from fasttrace.errors import FasttraceError, StoreError
 from fasttrace.experiment.sites import color_map, short_name
 from fasttrace.files.writing import atomic_write
-from fasttrace.results.result import TraceResult
+from fasttrace.results.result import DIRECTION, TraceResult
 
 if TYPE_CHECKING:
     from plotnine import ggplot, theme
@@ -66,7 +66,7 @@ def plot_stream(result: TraceResult, stream: str, metric: str | None = None) -> 
     """Draws one stream as a heat map.
 
     Of prob the lightest color is the corrupted run's, as in ROME; cells below it have that color too. Of any other
-    metric the signed effect is drawn, in two colors that meet at 0. Subject tokens carry a star.
+    metric, and when noising, the signed effect is drawn, in two colors that meet at 0. Subject tokens carry a star.
 
     Args:
         result: the trace.
@@ -173,7 +173,7 @@ def _arranged(panels: list[Any], columns: int) -> "tuple[Compose, int]":
 def _panel(result: TraceResult, stream: str, width: float, metric: str) -> "ggplot":
     p9 = _plotnine()
     layer, position = (index.ravel() for index in np.indices((result.n_layers, result.n_positions)))
-    value = None if metric == "prob" else "indirect_effect"
+    value = None if metric == "prob" and result.direction == DIRECTION else "indirect_effect"
     grid = result.grid(stream, value, metric=metric)
     cells = pd.DataFrame({"layer": layer, "position": position, "value": grid.ravel()})
     scale = _fill_scale(result, stream) if value is None else signed_scale(grid)
@@ -280,9 +280,13 @@ def _height(result: TraceResult) -> float:
 def _layer_title(result: TraceResult, stream: str) -> str:
     window, name = result.windows[stream], short_name(stream)
     if window > 1:
-        return f"center of interval of {window} restored {name} layers"
+        return f"center of interval of {window} {_put(result)} {name} layers"
     what = "layer" if stream == "block_output" else f"{name} layer"
-    return f"single restored {what} in {_model_name(result)}"
+    return f"single {_put(result)} {what} in {_model_name(result)}"
+
+
+def _put(result: TraceResult) -> str:
+    return "restored" if result.direction == DIRECTION else "corrupted"
 
 
 def _model_name(result: TraceResult) -> str:

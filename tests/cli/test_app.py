@@ -150,6 +150,7 @@ def test_every_option_reaches_the_api(folder, tmp_path, monkeypatch):
         "noise_subjects": ["The Space Needle", "The Eiffel Tower"],
         "samples": 4,
         "seed": 9,
+        "direction": "denoising",
         "engine": "rows",
         "budget": 77,
         "first_target_token": True,
@@ -776,3 +777,14 @@ def test_a_pair_is_traced_and_shown(tmp_path):
     assert unequal.exit_code == 2
     assert [line.split("|")[0].strip() for line in unequal.stderr.splitlines()[-2:]] == ["prompt", "counterfactual"]
     assert CliRunner().invoke(cli.app, ["trace", prompt]).exit_code == 2
+
+
+def test_trace_takes_a_direction(folder, tmp_path):
+    assert trace(folder, "--direction", "noising", "--out", tmp_path).exit_code == 0
+    assert fasttrace.load(tmp_path / "trace.parquet").direction == "noising"
+    again = trace(folder, "--out", tmp_path)
+    assert again.exit_code == 2
+    assert "holds another run (direction" in again.stderr
+    wrong = trace(folder, "--direction", "up")
+    assert wrong.exit_code == 2
+    assert "unknown direction 'up': give one of denoising, noising" in wrong.stderr
