@@ -19,7 +19,15 @@ from fasttrace.errors import FasttraceError, ModelError, PlanError, PromptError
 from fasttrace.experiment.cells import windows_of
 from fasttrace.experiment.corruption import sigma_of
 from fasttrace.experiment.own_cells import own_cells
-from fasttrace.experiment.settings import ManyOptions, Settings, SweepOptions, TraceOptions, engine_name, takes
+from fasttrace.experiment.settings import (
+    BothOptions,
+    ManyOptions,
+    Settings,
+    SweepOptions,
+    TraceOptions,
+    engine_name,
+    takes,
+)
 from fasttrace.facts.dataset import Fact, FactSet, check_answers, read_facts
 from fasttrace.fusing.cpu_linears import library_asked
 from fasttrace.models.anatomy import Anatomy, anatomy_of, module_paths
@@ -31,7 +39,7 @@ from fasttrace.prompts.pairs import with_counterfactual, with_foil
 from fasttrace.prompts.prompt import Prompt, encode, subjects_of
 from fasttrace.prompts.tokenization import check_tokenizer
 from fasttrace.results.record import Record
-from fasttrace.results.result import TraceResult
+from fasttrace.results.result import Directions, TraceResult
 from fasttrace.study import Encoded, Study, encoded_facts
 
 if TYPE_CHECKING:
@@ -226,6 +234,8 @@ class Tracer:
             noise_subjects: subjects (text or token ids) to measure for "s3" in place of the prompt's own.
             samples: noise samples, averaged.
             seed: of the noise.
+            direction: "denoising" puts clean values into the corrupted run and asks what is sufficient; "noising" puts
+                corrupted values into the clean run and asks what is necessary. See `trace_both`.
             engine: "auto", "wavefront", "fork", "rows" or "reference".
             budget: largest number of tokens in a pack, or "auto" from free memory.
             first_target_token: of a target of several tokens, score the first.
@@ -233,7 +243,7 @@ class Tracer:
 
         Raises:
             PromptError: prompt, subject or target cannot be used.
-            PlanError: streams, window, noise, samples, seed or budget cannot be used.
+            PlanError: streams, window, noise, samples, seed, direction or budget cannot be used.
             ModelError: the model does not have a stream.
             EngineError: the engine is unknown or wrong for the model.
             NumericsError: inf or NaN, naming the block.
@@ -244,15 +254,46 @@ class Tracer:
         function("progress", progress)
         with memory_told("tracing"):
             asked = {"subject": subject, "target": target, "counterfactual": counterfactual, "foil": foil}
-            return self._trace(settings, prompt, asked, progress)
+            encoded = self._encoded(prompt, settings, asked)
+            study = self._study_of_prompt(settings, encoded)
+            ((scores, cost),) = study.scores([study.job(encoded)], progress=progress)
+            return study.result(encoded, scores, cost)
 
-    def _trace(
-        self, settings: Settings, prompt: Any, asked: Mapping[str, Any], progress: Progress | None
-    ) -> TraceResult:
-        encoded = self._encoded(prompt, settings, asked)
-        study = self._study_of_prompt(settings, encoded)
-        ((scores, cost),) = study.scores([study.job(encoded)], progress=progress)
-        return study.result(encoded, scores, cost)
+    @takes(BothOptions)
+    def trace_both(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        subject: str | tuple[int, int] | None = None,
+        target: str | int | None = None,
+        counterfactual: str | Sequence[Any] | None = None,
+        foil: str | int | None = None,
+        progress: Progress | None = None,
+        **options: Unpack[BothOptions],
+    ) -> Directions:
+        """Traces one prompt in both directions in one pass: what is sufficient, and what is necessary.
+
+        Args:
+            prompt: see `trace`, as all that is not named here.
+            subject: see `trace`.
+            target: see `trace`.
+            counterfactual: see `trace`.
+            foil: see `trace`.
+            progress: see `trace`.
+            options: see `trace`.
+
+        Returns:
+            Two results, `denoising` and `noising`.
+
+        Raises:
+            FasttraceError: see `trace`.
+        """
+        settings = Settings(**options)
+        function("progress", progress)
+        asked = {"subject": subject, "target": target, "counterfactual": counterfactual, "foil": foil}
+        with memory_told("tracing"):
+            encoded = self._encoded(prompt, settings, asked)
+            return self._study_of_prompt(settings, encoded).both(encoded, progress)
 
     @takes(SweepOptions)
     def sweep(
@@ -349,6 +390,7 @@ class Tracer:
             noise_subjects: subjects to measure for "s3" in place of the facts' own.
             samples: see `trace`.
             seed: see `trace`; every prompt gets a generator of its own.
+            direction: see `trace`.
             engine: see `trace`; those that cannot share a pass take one prompt after the other.
             budget: largest number of tokens in a pack, or "auto": from free memory, on a CPU what suits its caches. A
                 prompt that needs more takes several passes. When memory runs out, the budget is halved.

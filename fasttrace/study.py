@@ -9,6 +9,7 @@ process, with the same numbers.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -26,6 +27,7 @@ from fasttrace.engines.self_check import EngineChoice, confirm, prompts_share_pa
 from fasttrace.errors import NumericsError, PromptError
 from fasttrace.experiment.cells import Cell, background_of, grid_cells
 from fasttrace.experiment.corruption import Corruption, Counterfactual, Embedder, Noise
+from fasttrace.experiment.grids import BACKGROUNDS, DIRECTIONS, directed
 from fasttrace.experiment.metrics import MEANLESS
 from fasttrace.experiment.settings import Settings
 from fasttrace.facts.dataset import Fact
@@ -36,7 +38,7 @@ from fasttrace.prompts.pairs import differing
 from fasttrace.prompts.prompt import Prompt, token_text
 from fasttrace.results.metric_grids import MetricGrids
 from fasttrace.results.record import Record
-from fasttrace.results.result import BACKGROUND, DIRECTION, TraceResult
+from fasttrace.results.result import Directions, TraceResult
 from fasttrace.results.versions import versions
 
 __all__ = ["Encoded", "Planned", "Study", "encoded_facts"]
@@ -136,7 +138,18 @@ class Study:
 
     def _cells(self, n_positions: int) -> tuple[Cell, ...]:
         grids = (grid_cells(s, width, self.anatomy.n_layers, n_positions) for s, width in self.windows.items())
-        return tuple(cell for grid in grids for cell in grid)
+        return tuple(cell for grid in grids for cell in directed(grid, self.settings.direction))
+
+    def both(self, prompt: Prompt, progress: Progress | None = None) -> Directions:
+        """The results of both directions, from one pass."""
+        alone = [replace(self, settings=replace(self.settings, direction=name)) for name in DIRECTIONS]
+        cells = [study._cells(len(prompt.token_ids)) for study in alone]
+        ((scores, cost),) = self.scores([self.job(prompt, tuple(chain(*cells)))], progress=progress)
+        halves = np.split(scores.table, len(DIRECTIONS), axis=1)
+        found = (
+            study.result(prompt, replace(scores, table=half), cost) for study, half in zip(alone, halves, strict=True)
+        )
+        return Directions(*found)
 
     def result(self, prompt: Prompt, scores: Scores, cost: Cost) -> TraceResult:
         """The grids of a prompt.
@@ -194,7 +207,9 @@ class Study:
             columns[name] = scores.of(name).mean(-1)
             columns[f"{name}_effect"] = columns[name] - [runs[background_of(cell)][name] for cell in cells]
         frame = pd.concat([pd.DataFrame(list(coordinates)), pd.DataFrame(columns)], axis=1)
-        frame.attrs = {"runs": runs, "target_id": scores.target, **self._metadata(prompt), **scores.how}
+        about = self._metadata(prompt)
+        del about["direction"], about["background"]  # cells have their own
+        frame.attrs = {"runs": runs, "target_id": scores.target, **about, **scores.how}
         return frame
 
     def _top(self, ids: np.ndarray, probs: np.ndarray) -> tuple[tuple[int, str, float], ...]:
@@ -207,8 +222,8 @@ class Study:
             "prompt": prompt.text,
             "subject": prompt.subject,
             "notes": [*self.about.get("notes", ()), *prompt.notes, *self._second_look()],
-            "direction": DIRECTION,
-            "background": BACKGROUND,
+            "direction": self.settings.direction,
+            "background": BACKGROUNDS[self.settings.direction],
             **(self._pair(prompt) if prompt.counterfactuals else self._noise()),
             **self._foil(prompt),
             "dtype": str(self.anatomy.dtype).removeprefix("torch."),
@@ -235,7 +250,6 @@ class Study:
             "counterfactual_tokens": others,
             "differing": list(differing(prompt.token_ids, prompt.counterfactuals)),
             "samples": len(prompt.counterfactuals),
-            "direction": "denoising",
         }
 
     def _foil(self, prompt: Prompt) -> dict[str, Any]:

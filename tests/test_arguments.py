@@ -57,6 +57,7 @@ TRACE: dict[str, Any] = {
     "noise_subjects": None,
     "samples": 1,
     "seed": 1,
+    "direction": "noising",
     "engine": "reference",
     "budget": "auto",
     "first_target_token": False,
@@ -234,7 +235,7 @@ def tracer():
 
 @cache
 def traced():
-    return tracer().trace(**{**TRACE, "streams": ("block_output", "mlp_output")})
+    return tracer().trace(**{**TRACE, "streams": ("block_output", "mlp_output"), "direction": "denoising"})
 
 
 @cache
@@ -280,6 +281,7 @@ def tracing_doors(_store):
     return {
         "trace": Door(tracer().trace, TRACE, spans),
         "trace.pair": Door(tracer().trace, PAIR, {"prompt": ("token",), "target": ("token",), "foil": ("token",)}),
+        "trace_both": Door(tracer().trace_both, PAIR, {"prompt": ("token",), "target": ("token",), "foil": ("token",)}),
         "sweep": Door(tracer().sweep, PAIR | {"cells": [("mlp_output", 0, 1)]}, {"prompt": ("token",)}),
         "trace_many": Door(lambda **options: list(tracer().trace_many(**options)), MANY, {"facts": FACTS}),
         "run": Door(running, {**many, "facts": facts_of(1), "shard": "facts", "progress": None}, {"facts": FACTS}),
@@ -346,7 +348,7 @@ rome_file_name plot plot_stream plot_figure save_figure plot_roles save_roles sa
 export.out Store.read Store.open Store.remaining Store.write Store.coverage Store.facts
 """
 NAMES = tuple(OTHERS.split())
-TRACING = ("trace", "trace.pair", "sweep", "trace_many", "run", "run.folder")
+TRACING = ("trace", "trace.pair", "trace_both", "sweep", "trace_many", "run", "run.folder")
 
 
 @pytest.fixture

@@ -162,16 +162,20 @@ def trace(
 def plot(
     folder: Annotated[Path, typer.Argument(help="Folder that a trace was written to, or its trace.parquet.")],
     stream: Annotated[str | None, typer.Option(help="Draw only this stream.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="What to draw (default: logit_diff where the trace has a foil, else prob).")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="A .png, .pdf or .svg file (default: in the folder).")] = None,
     dpi: Annotated[int, typer.Option(help="Dots per inch of a PNG.", min=1)] = 200,
 ) -> None:
     """Draw the figure of a trace again."""
+    from fasttrace.results.figure import save_figure
     from fasttrace.results.result import load
 
     data = folder / outputs.DATA_FILE if folder.is_dir() else folder
     result = load(data)
     path = out or data.parent / (outputs.FIGURE_FILE if stream is None else f"{stream}.png")
-    _save_plot(result, stream, path, dpi)
+    save_figure(result, path, dpi, metric, stream)
     say(f"wrote {path}")
 
 
@@ -293,7 +297,7 @@ def _wanted(prompt: str, request: dict[str, Any], loading: dict[str, Any], ids: 
     """What is known of a run before its model is loaded, by the keys of `outputs.identity`."""
     settings, (subject, target) = _settings(request), (request["subject"], request["target"])
     others = request.get("counterfactual")
-    known: dict[str, Any] = {"prompt": None if ids else prompt}
+    known: dict[str, Any] = {"prompt": None if ids else prompt, "direction": settings.direction}
     if others is None:
         known |= settings.experiment()
     else:
@@ -352,17 +356,6 @@ def _write(result: "TraceResult", out: Path, overwrite: bool) -> str:
     if not figure:
         lines.append(f'no figure without plotnine: pip install "fasttrace[plot]", then fasttrace plot {out}')
     return "\n".join(lines)
-
-
-def _save_plot(result: "TraceResult", stream: str | None, path: Path, dpi: int) -> None:
-    from fasttrace.results.figure import save_figure
-
-    save_figure(result if stream is None else _only(result, stream), path, dpi)
-
-
-def _only(result: "TraceResult", stream: str) -> "TraceResult":
-    result.grid(stream)  # raises for a stream that was not traced
-    return replace(result, prob={stream: result.prob[stream]}, prob_std={stream: result.prob_std[stream]})
 
 
 runs.add_to(app)

@@ -184,9 +184,13 @@ def average(
     value: Annotated[
         str | None,
         typer.Option(
-            help="indirect_effect, prob or normalized_effect (default: indirect_effect, with --compat rome prob)."
+            help="indirect_effect, normalized_effect (a ratio of sums), mean_of_ratios, or the metric's own name "
+            "(default: indirect_effect, with --compat rome prob)."
         ),
     ] = None,
+    metric: Annotated[
+        str, typer.Option(help="What is averaged: prob, logit_diff, kl or another number that the run has.")
+    ] = "prob",
     compat: Annotated[str | None, typer.Option(help="rome: roles and means as in ROME's notebook.")] = None,
     bootstrap: Annotated[int, typer.Option(help="Number of bootstrap draws for the intervals.", min=1)] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
@@ -203,7 +207,7 @@ def average(
     check_writable(where)
     store = Store.read(folder)
     shown = store.coverage(everything)
-    options = {"value": value, "compat": compat, "bootstrap": bootstrap, "seed": seed}
+    options = {"value": value, "metric": metric, "compat": compat, "bootstrap": bootstrap, "seed": seed}
     averages = average_records(store, shown=shown, **options)
     with one_set(where, AVERAGES, lambda _: AVERAGES_FILES) as scratch:
         paths = averages.save_csv(scratch / AVERAGES)

@@ -28,6 +28,7 @@ def identity(result: "TraceResult") -> dict[str, Any]:
     """What makes a run the same run: all that changes its numbers by more than rounding; of a model its digests."""
     return {name: result.metadata.get(name) for name in KEPT_METADATA} | {
         **result.metadata.get("identity", {}),
+        "direction": result.direction,
         "span": tuple(result.span),
         "target": result.target and result.target.strip(),
         "target_id": result.target_id,

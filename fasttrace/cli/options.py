@@ -26,6 +26,13 @@ Model = Annotated[
 Revision = Annotated[str | None, typer.Option(help="Revision of the Hugging Face repository.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0, ...")]
+Direction = Annotated[
+    str,
+    typer.Option(
+        help="denoising: clean values into the corrupted run, what is sufficient; noising: the other way, what is "
+        "necessary."
+    ),
+]
 Engine = Annotated[str, typer.Option(help="auto, wavefront, fork, rows or reference.")]
 Fuse = Annotated[
     bool, typer.Option("--fuse/--no-fuse", help="Use faster equivalents of parts of the model during a trace.")
@@ -122,6 +129,7 @@ SETTINGS = {
     ),
     "samples": _setting(Samples, "samples"),
     "seed": _setting(Seed, "seed"),
+    "direction": _setting(Direction, "direction"),
     "engine": _setting(Engine, "engine"),
     "budget": _setting(TokenBudget, "budget", lambda typed: number_or_text(typed, int), typed=True),
 }

@@ -57,7 +57,8 @@ def averages_text(averages: "Averages", cells: int = 3) -> str:
     """
     left_out = [(averages.skipped, "skipped"), (averages.wrong, "not known"), (averages.undefined, "without effect")]
     others = "".join(f", {count} {what}" for count, what in left_out if count)
-    first = "\n".join([f"{averages.facts} facts averaged{others}", *(f"note: {note}" for note in averages.notes)])
+    of = "" if averages.metric == "prob" else f", {averages.metric}, {averages.direction}"
+    first = "\n".join([f"{averages.facts} facts averaged{of}{others}", *(f"note: {note}" for note in averages.notes)])
     return "\n\n".join([first, _totals(averages), _roles(averages, cells)])
 
 
@@ -76,7 +77,9 @@ def _roles(averages: "Averages", cells: int) -> str:
     for stream in averages.streams:
         for row in averages.strongest(stream, cells).itertuples():
             rows.append((stream, str(row.role), str(row.layer), *_mean(row), str(row.count)))
-    return "roles and blocks with the largest means\n" + table(rows, numbers=(2, 3, 5))
+    return f"roles and blocks with the {'smallest' if averages.falls else 'largest'} means\n" + table(
+        rows, numbers=(2, 3, 5)
+    )
 
 
 def _mean(row: Any) -> tuple[str, str]:

@@ -14,9 +14,11 @@ from typing import Any, TypedDict, TypeVar, cast
 from fasttrace.checks import flag, items, one_of, real_number, shown, text, token_ids, whole_number
 from fasttrace.errors import EngineError, PlanError
 from fasttrace.experiment.cells import stream_names, window_width
+from fasttrace.experiment.grids import DENOISING, direction_name
 
 __all__ = [
     "ENGINE_NAMES",
+    "BothOptions",
     "ManyOptions",
     "Settings",
     "SweepOptions",
@@ -54,6 +56,7 @@ class Settings:
         noise_subjects: subjects, as text or token ids, to measure a noise rule on; None: the prompts' own.
         samples: noise draws, averaged.
         seed: of the noise.
+        direction: "denoising" (clean values into the corrupted run) or "noising" (the other way).
         engine: "auto" or one of ENGINE_NAMES.
         budget: largest number of tokens in a pack, or "auto".
         first_target_token: of a target of several tokens, score the first.
@@ -72,6 +75,7 @@ class Settings:
     noise_subjects: Sequence[str | Sequence[int]] | None = None
     samples: int = 10
     seed: int = 1
+    direction: str = DENOISING
     engine: str = "auto"
     budget: int | str = "auto"
     first_target_token: bool = False
@@ -87,6 +91,7 @@ class Settings:
             "noise_subjects": None if self.noise_subjects is None else _subjects(self.noise_subjects),
             "samples": whole_number("samples", self.samples, 1, MOST_SAMPLES, meaning="noise draws"),
             "seed": whole_number("seed", self.seed, 0, 2**32 - 1, meaning="seed of the noise"),
+            "direction": direction_name(self.direction),
             "engine": engine_name(self.engine),
             "budget": token_budget(self.budget),
             "compat": None if self.compat is None else _compat(self.compat),
@@ -108,27 +113,15 @@ class Settings:
     def experiment(self) -> dict[str, Any]:
         """The settings that change a prompt's numbers by more than rounding, by the names they have in results.
 
-        The fingerprint of a run, the metadata of results and the check of a folder are made of it.
+        The fingerprint of a run, the metadata of results and the check of a folder are made of it. The direction is
+        among them where it is not the one that older runs, which do not say it, have.
         """
-        return {"noise": self.noise, "samples": self.samples, "seed": self.seed}
+        turned = {} if self.direction == DENOISING else {"direction": self.direction}
+        return {"noise": self.noise, "samples": self.samples, "seed": self.seed, **turned}
 
     def described(self) -> dict[str, Any]:
         """The settings by name, as values that JSON holds."""
         return json.loads(json.dumps(asdict(self)))
-
-
-class TraceOptions(TypedDict, total=False):
-    """Settings that `Tracer.trace` takes by name."""
-
-    streams: Sequence[str] | None
-    window: int | None
-    noise: float | str
-    noise_subjects: Sequence[str | Sequence[int]] | None
-    samples: int
-    seed: int
-    engine: str
-    budget: int | str
-    first_target_token: bool
 
 
 class SweepOptions(TypedDict, total=False):
@@ -143,6 +136,19 @@ class SweepOptions(TypedDict, total=False):
     first_target_token: bool
 
 
+class BothOptions(SweepOptions, total=False):
+    """Settings that `Tracer.trace_both` takes by name."""
+
+    streams: Sequence[str] | None
+    window: int | None
+
+
+class TraceOptions(BothOptions, total=False):
+    """Settings that `Tracer.trace` takes by name."""
+
+    direction: str
+
+
 class ManyOptions(TypedDict, total=False):
     """Settings that `Tracer.trace_many` and `Tracer.run` take by name."""
 
@@ -152,6 +158,7 @@ class ManyOptions(TypedDict, total=False):
     noise_subjects: Sequence[str | Sequence[int]] | None
     samples: int
     seed: int
+    direction: str
     engine: str
     budget: int | str
     require_correct: bool

@@ -16,7 +16,7 @@ from fasttrace.files.writing import atomic_write
 from fasttrace.reports.sources import shown_records
 from fasttrace.reports.student import t_quantile
 from fasttrace.results.record import Record
-from fasttrace.results.result import TraceResult, count_of
+from fasttrace.results.result import DIRECTION, TraceResult, count_of
 from fasttrace.runs.coverage import Coverage
 from fasttrace.runs.store import Store
 
@@ -31,7 +31,8 @@ ROLES = (
     "further",
     "last",
 )
-EFFECTS = ("indirect_effect", "normalized_effect", "mean_of_ratios")
+RATIOS = ("normalized_effect", "mean_of_ratios")
+EFFECTS = ("indirect_effect", *RATIOS)
 VALUES = ("prob", *EFFECTS)
 SMALL_GAP = 0.01
 """Of the mean of all facts' gaps: `mean_of_ratios` leaves out facts whose gap is smaller."""
@@ -86,6 +87,13 @@ class Averages:
         found = set(self._cells["role"])
         return tuple(role for role in ROLES if role in found)
 
+    @property
+    def falls(self) -> bool:
+        """Whether the source run has less than the background, as it has of kl: effects are below 0, ratios are not."""
+        if self.value in RATIOS or (self.metric == "prob" and self.direction == DIRECTION):
+            return False
+        return bool(self._totals.set_index("quantity")["mean"]["total_effect"] < 0)
+
     def to_frame(self) -> pd.DataFrame:
         """Gives the averages, a row per stream, role and block, in that order.
 
@@ -109,14 +117,14 @@ class Averages:
         return self._totals.copy()
 
     def strongest(self, stream: str, n: int = 1) -> pd.DataFrame:
-        """Gives the roles and blocks of a stream with the largest mean.
+        """Gives the roles and blocks of a stream with the largest mean, or the smallest where `falls` is true.
 
         Args:
             stream: one of ``streams``.
             n: how many.
 
         Returns:
-            Rows of ``to_frame``, largest mean first.
+            Rows of ``to_frame``, the one closest to the source run, or furthest beyond it, first.
 
         Raises:
             PlanError: the stream was not traced, or n is below 1.
@@ -125,7 +133,7 @@ class Averages:
         if not isinstance(stream, str) or stream not in self.streams:
             raise PlanError(f"unknown stream {shown(stream)}: these averages have {', '.join(self.streams)}")
         rows: Any = self._cells[self._cells["stream"] == stream]
-        return rows.sort_values("mean", ascending=False, kind="stable", ignore_index=True).head(n)
+        return rows.sort_values("mean", ascending=self.falls, kind="stable", ignore_index=True).head(n)
 
     def save_csv(self, path: str | os.PathLike[str]) -> list[Path]:
         """Writes ``to_frame`` to a CSV file, and ``totals`` beside it.

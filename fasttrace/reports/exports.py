@@ -9,7 +9,7 @@ A fact's number is its id when every id that is written is a whole number, as in
 numbered from 0 in the store's order. When both `mlp_activation` and `mlp_output` were traced, which ROME gives one
 name, the first is written.
 
-``csv`` writes the tutorial's CSVs, with columns ``layer,pos,prob``, one folder per fact:
+``csv`` writes the tutorial's CSVs, with columns ``layer,pos,prob`` and one for each other metric, one folder per fact:
 
     OUT/12/block_output.csv ...
     OUT/facts.csv               every fact, its folder, probabilities, or why it was skipped

@@ -17,7 +17,7 @@ from fasttrace.checks import instance, path_of, whole_number
 from fasttrace.errors import FasttraceError, StoreError
 from fasttrace.experiment.sites import color_map, short_name
 from fasttrace.files.writing import atomic_write
-from fasttrace.results.result import TraceResult
+from fasttrace.results.result import DIRECTION, TraceResult
 
 if TYPE_CHECKING:
     from plotnine import ggplot, theme
@@ -66,7 +66,7 @@ def plot_stream(result: TraceResult, stream: str, metric: str | None = None) -> 
     """Draws one stream as a heat map.
 
     Of prob the lightest color is the corrupted run's, as in ROME; cells below it have that color too. Of any other
-    metric the signed effect is drawn, in two colors that meet at 0. Subject tokens carry a star.
+    metric, and when noising, the signed effect is drawn, in two colors that meet at 0. Subject tokens carry a star.
 
     Args:
         result: the trace.
@@ -111,16 +111,24 @@ def plot_figure(result: TraceResult, metric: str | None = None) -> "ggplot | Com
     return figure & _plotnine().theme(figure_size=(width, n_rows * _height(result)))
 
 
-def save_figure(result: TraceResult, path: str | os.PathLike[str], dpi: int = 200, metric: str | None = None) -> None:
-    """Writes ``plot_figure`` to a file, whole or not at all.
+def save_figure(
+    result: TraceResult,
+    path: str | os.PathLike[str],
+    dpi: int = 200,
+    metric: str | None = None,
+    stream: str | None = None,
+) -> None:
+    """Writes ``plot_figure`` to a file, or ``plot_stream`` of one stream, whole or not at all.
 
     Args:
         result: the trace.
         path: a file that ends in .png, .pdf or .svg; an existing one is replaced, its folder made.
         dpi: dots per inch of a PNG.
         metric: as of `plot_stream`.
+        stream: one of ``result.streams``; None for the whole figure.
 
     Raises:
+        PlanError: the stream was not traced, or the metric is unknown or a token's id.
         PlotError: plotnine is not installed.
         StoreError: another suffix, or the file cannot be written.
     """
@@ -128,7 +136,8 @@ def save_figure(result: TraceResult, path: str | os.PathLike[str], dpi: int = 20
     suffix = path.suffix.lower()
     if suffix not in FORMATS:
         raise StoreError(f"cannot tell the format of {path}: give a name that ends in {', '.join(FORMATS)}")
-    figure = plot_figure(result, metric) + _plotnine().theme(dpi=dpi)
+    figure = plot_figure(result, metric) if stream is None else plot_stream(result, stream, metric)
+    figure += _plotnine().theme(dpi=dpi)
     with atomic_write(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         warnings.filterwarnings("ignore", "Matplotlib currently does not support", UserWarning)
@@ -164,7 +173,7 @@ def _arranged(panels: list[Any], columns: int) -> "tuple[Compose, int]":
 def _panel(result: TraceResult, stream: str, width: float, metric: str) -> "ggplot":
     p9 = _plotnine()
     layer, position = (index.ravel() for index in np.indices((result.n_layers, result.n_positions)))
-    value = None if metric == "prob" else "indirect_effect"
+    value = None if metric == "prob" and result.direction == DIRECTION else "indirect_effect"
     grid = result.grid(stream, value, metric=metric)
     cells = pd.DataFrame({"layer": layer, "position": position, "value": grid.ravel()})
     scale = _fill_scale(result, stream) if value is None else signed_scale(grid)
@@ -271,9 +280,13 @@ def _height(result: TraceResult) -> float:
 def _layer_title(result: TraceResult, stream: str) -> str:
     window, name = result.windows[stream], short_name(stream)
     if window > 1:
-        return f"center of interval of {window} restored {name} layers"
+        return f"center of interval of {window} {_put(result)} {name} layers"
     what = "layer" if stream == "block_output" else f"{name} layer"
-    return f"single restored {what} in {_model_name(result)}"
+    return f"single {_put(result)} {what} in {_model_name(result)}"
+
+
+def _put(result: TraceResult) -> str:
+    return "restored" if result.direction == DIRECTION else "corrupted"
 
 
 def _model_name(result: TraceResult) -> str:

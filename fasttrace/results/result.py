@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from plotnine import ggplot
     from plotnine.composition import Compose
 
-__all__ = ["TraceResult", "load"]
+__all__ = ["Directions", "TraceResult", "load"]
 
 VALUES = ("prob", "prob_std", "indirect_effect", "normalized_effect")
 """Columns of every frame, and of the default metric what `TraceResult.grid` gives."""
@@ -189,7 +189,7 @@ class TraceResult:
             PlanError: the stream was not traced, an unknown value or metric, or two metrics.
         """
         _known("stream", stream, self.streams)
-        if value is not None and value not in EFFECTS:
+        if value is not None and not (isinstance(value, str) and value in EFFECTS):
             _known("value", value, self._values)
             name = value.removesuffix("_std")
             if metric is not None and metric != name:
@@ -339,7 +339,7 @@ class TraceResult:
         write_parquet(path_of("path", path, file=True), _saved_frame(self), _payload(self))
 
     def to_csv(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Writes one CSV per stream with the tutorial's columns ``layer,pos,prob``, layer by layer.
+        """Writes one CSV per stream with the tutorial's columns ``layer,pos,prob``, and the other metrics' behind them.
 
         Args:
             folder: where ``{stream}.csv`` go; made when missing, files of that name are replaced.
@@ -355,7 +355,7 @@ class TraceResult:
         for stream, path in paths.items():
             cells = self._stream_frame(stream).rename(columns={"position": "pos"})
             with atomic_write(path) as temporary:
-                cells[["layer", "pos", "prob"]].to_csv(temporary, index=False, lineterminator="\n")
+                cells[["layer", "pos", *self.metrics]].to_csv(temporary, index=False, lineterminator="\n")
         return list(paths.values())
 
     def save_rome_npz(
@@ -382,12 +382,15 @@ class TraceResult:
             The path written.
 
         Raises:
-            PlanError: the stream was not traced or has no name in ROME, or a folder without known_id.
+            PlanError: the stream was not traced or has no name in ROME, a folder without known_id, or a result of the
+                other direction, which ROME has not.
             StoreError: the file cannot be written.
         """
         file = rome_path(path_of("path", path), known_id, stream)
         if correct_prediction is not None:
             correct_prediction = flag("correct_prediction", correct_prediction)
+        if self.direction != DIRECTION:
+            raise PlanError(f"direction is {self.direction}: ROME's files hold restored runs; trace with {DIRECTION!r}")
         if correct_prediction is None:
             correct_prediction = self.target_id == self.top_tokens("clean", 1)["id"][0]
         arrays: Any = rome_arrays(self, stream) | {"correct_prediction": np.array(bool(correct_prediction))}
@@ -412,6 +415,20 @@ class TraceResult:
         from fasttrace.results import figure as plots
 
         return plots.plot_figure(self, metric) if stream is None else plots.plot_stream(self, stream, metric)
+
+
+class Directions(NamedTuple):
+    """Both directions of one trace.
+
+    They come from one pass, whose cost both have, and from the same clean and corrupted runs.
+
+    Attributes:
+        denoising: clean values put into the corrupted run: what is sufficient for the answer.
+        noising: corrupted values put into the clean run: what is necessary for it.
+    """
+
+    denoising: TraceResult
+    noising: TraceResult
 
 
 def load(path: str | os.PathLike[str]) -> TraceResult:

@@ -21,6 +21,7 @@ from fasttrace.cli import app as cli
 from fasttrace.cli import facts as cli_runs
 from fasttrace.cli import folder as outputs
 from fasttrace.cli import tutorial
+from fasttrace.experiment.metrics import FOIL_METRICS, METRICS
 from fasttrace.experiment.settings import Settings
 from fasttrace.models import embedded as demo
 
@@ -141,12 +142,15 @@ def test_every_option_reaches_the_api(folder, tmp_path, monkeypatch):
         "prompt": PROMPT,
         "subject": (0, 3),
         "target": " Seattle",
+        "counterfactual": None,
+        "foil": None,
         "streams": ("block_output", "mlp_output"),
         "window": 3,
         "noise": "s2",
         "noise_subjects": ["The Space Needle", "The Eiffel Tower"],
         "samples": 4,
         "seed": 9,
+        "direction": "denoising",
         "engine": "rows",
         "budget": 77,
         "first_target_token": True,
@@ -183,7 +187,8 @@ def test_a_run_writes_its_files_and_the_csv_has_the_tutorials_columns(folder, tm
     assert done.exit_code == 0, done.output
     assert names_in(out) == DATA_FILES
     assert names_in(out.parent) == ["run"]
-    assert list(pd.read_csv(out / "mlp_activation.csv").columns) == ["layer", "pos", "prob"]
+    columns = list(pd.read_csv(out / "mlp_activation.csv").columns)
+    assert columns == ["layer", "pos", *(name for name in METRICS if name not in FOIL_METRICS)]
     assert fasttrace.load(out / "trace.parquet").metadata["model"] == os.path.basename(folder)
     assert "no figure without plotnine" in done.stdout
 
@@ -382,6 +387,9 @@ def test_plot_draws_the_figure_and_single_streams_again(folder, tmp_path):
     done = run("plot", tmp_path / "trace.parquet", "--stream", "mlp_activation", "--out", tmp_path / "mlp.svg")
     assert done.exit_code == 0, done.output
     assert "<svg" in (tmp_path / "mlp.svg").read_text()
+    done = run("plot", tmp_path, "--metric", "kl", "--out", tmp_path / "kl.svg")
+    assert done.exit_code == 0, done.output
+    assert run("plot", tmp_path, "--metric", "logit_diff").exit_code == 2
 
 
 def test_plot_of_what_is_not_there_says_so(folder, tmp_path, without_figure):
@@ -769,3 +777,14 @@ def test_a_pair_is_traced_and_shown(tmp_path):
     assert unequal.exit_code == 2
     assert [line.split("|")[0].strip() for line in unequal.stderr.splitlines()[-2:]] == ["prompt", "counterfactual"]
     assert CliRunner().invoke(cli.app, ["trace", prompt]).exit_code == 2
+
+
+def test_trace_takes_a_direction(folder, tmp_path):
+    assert trace(folder, "--direction", "noising", "--out", tmp_path).exit_code == 0
+    assert fasttrace.load(tmp_path / "trace.parquet").direction == "noising"
+    again = trace(folder, "--out", tmp_path)
+    assert again.exit_code == 2
+    assert "holds another run (direction" in again.stderr
+    wrong = trace(folder, "--direction", "up")
+    assert wrong.exit_code == 2
+    assert "unknown direction 'up': give one of denoising, noising" in wrong.stderr

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 import fasttrace
 from fasttrace.cli import app as cli
+from fasttrace.reports.averages import average
 from fasttrace.runs import run as runs
 from fasttrace.runs.store import Store
 from tests.helpers.run_facts import FLAGS, facts_of, one_of_each, save_model, write_facts
@@ -281,6 +282,23 @@ def test_a_run_is_exported_into_its_folder_or_another(finished, tmp_path, kind, 
         assert len(pd.read_csv(where / listing)) == 6
 
 
+@pytest.mark.parametrize("value", ["indirect_effect", "normalized_effect", "mean_of_ratios", "kl"])
+def test_a_run_is_averaged_in_the_metric_that_is_asked_for(finished, tmp_path, value, monkeypatch):
+    monkeypatch.setattr("fasttrace.cli.facts.find_spec", lambda _: None)
+    done = CliRunner().invoke(
+        cli.app, ["average", str(finished), "--metric", "kl", "--value", value, "--out", str(tmp_path)]
+    )
+    assert done.exit_code == 0, done.output
+    expected = average(Store.read(finished), metric="kl", value=value)
+    cells = pd.read_csv(tmp_path / "averages.csv")
+    pd.testing.assert_frame_equal(cells, expected.to_frame(), check_dtype=False)
+    assert done.stdout.startswith("6 facts averaged, kl, denoising\n")
+    extreme = cells[cells.stream == "block_output"]["mean"]
+    falls = value in ("indirect_effect", "kl")
+    assert expected.strongest("block_output")["mean"][0] == (extreme.min() if falls else extreme.max())
+    assert f"with the {'smallest' if falls else 'largest'} means" in done.stdout
+
+
 def test_an_unknown_format_is_refused(finished):
     done = export(finished, "--format", "xlsx")
     assert done.exit_code == 2
@@ -342,6 +360,10 @@ def test_a_wrong_option_of_a_run_is_one_line_before_the_model_is_loaded(home, tm
         (("average", "--bootstrap", 0), "--bootstrap"),
         (("average", "--bootstrap", 10**30), "bootstrap is 1000"),
         (("average", "--value", "x"), "unknown value 'x'"),
+        (("average", "--metric", "x"), "unknown metric 'x'"),
+        (("average", "--metric", "top1"), "metric 'top1' has no average"),
+        (("average", "--metric", "logit_diff"), "6 without logit_diff"),
+        (("average", "--metric", "kl", "--compat", "rome"), "ROME's notebook averages 'prob'"),
         (("average", "--compat", "x"), "unknown compat 'x'"),
         (("average", "--out", "/proc/x"), "cannot be written to"),
         (("export", "--format", "x"), "unknown format 'x'"),

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fasttrace.errors import PlanError, StoreError
+from fasttrace.experiment.metrics import METRICS
 from fasttrace.files.writing import FORMAT_VERSION, atomic_write
 from fasttrace.planning.cost import Cost
 from fasttrace.results.result import load
 from fasttrace.results.rome import rome_file_name
-from tests.helpers.records import N_LAYERS, STREAMS, TOKENS, make_result, rewrite
+from tests.helpers.records import N_LAYERS, STREAMS, TOKENS, all_metrics, make_result, rewrite
 
 
 def one_stream(prob, **changes):
@@ -389,6 +390,18 @@ def test_csv_files_have_the_tutorials_columns_and_every_digit(tmp_path):
     assert lines[-1] == ""
     probs = [float(line.split(",")[2]) for line in lines[1:-1]]
     assert probs == result.grid("mlp_activation").ravel().tolist()
+
+
+def test_csv_files_have_every_other_metric_beside_the_tutorials_columns(tmp_path):
+    result = all_metrics()
+    paths = result.to_csv(tmp_path)
+    plain = make_result().to_csv(tmp_path / "plain")
+    for stream, path, before in zip(STREAMS, paths, plain, strict=True):
+        cells = pd.read_csv(path, dtype=dict.fromkeys(METRICS[1:], np.float32))
+        assert list(cells.columns) == ["layer", "pos", *METRICS]
+        for name in METRICS:
+            np.testing.assert_array_equal(cells[name], result.grid(stream, metric=name).ravel())
+        pd.testing.assert_frame_equal(cells[["layer", "pos", "prob"]], pd.read_csv(before))
 
 
 def test_rome_files_have_exactly_romes_keys_types_and_shapes(tmp_path):
