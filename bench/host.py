@@ -28,6 +28,7 @@ import fasttrace
 from bench.card import card, print_card
 from bench.cases import CASES, STREAMS, WINDOW, build_model
 from bench.report import new_report, path_of, write
+from fasttrace import memories
 from fasttrace.engines import readout, wavefront
 from fasttrace.engines.blocks import LastBlock
 from fasttrace.experiment.cells import grid_cells, windows_of
@@ -35,7 +36,7 @@ from fasttrace.fusing import attention, choose
 from fasttrace.models.hooks import replaced_forward
 from fasttrace.planning.edits import Shape
 from fasttrace.planning.on_device import tables_of
-from fasttrace.planning.packs import forget, pack_of
+from fasttrace.planning.packs import pack_of
 from fasttrace.planning.plan import plan_cells
 
 BLOCKS, D_MODEL, PROMPT = 48, 16, [5, 6, 7]
@@ -181,8 +182,7 @@ def planned(name: str, n_layers: int, prompts: int, samples: int, lengths: tuple
         t: [c for s, w in widths for c in grid_cells(s, w, n_layers, t)]
         for t in {shape.n_positions for shape in shapes}
     }
-    plan_cells.cache_clear()
-    forget()
+    memories.clear("plans", "packs")
     plan, plans = _seconds(lambda: [plan_cells(shape, tuple(cells[shape.n_positions])) for shape in shapes])
     pack, packed = _seconds(lambda: pack_of(plans))
     tables, _ = _seconds(lambda: tables_of(packed, torch.device("cpu")))

@@ -23,6 +23,7 @@ from bench.gate import DisagreementError
 from bench.measured import Options, measure_case, print_measured
 from bench.report import new_report, path_of, write
 from bench.timing import Ceiling, Timing, copy_bandwidth, default_device, matmul_ceiling, measure
+from fasttrace import memories
 from fasttrace.experiment.cells import grid_cells, windows_of
 from fasttrace.fusing.measure import choices
 from fasttrace.planning.edits import Shape
@@ -43,8 +44,7 @@ def measure_planner(rounds: int = 11) -> dict[str, Timing]:
         plan_cells(shape, tuple(cell for grid in grids for cell in grid))
 
     def cold() -> None:
-        grid_cells.cache_clear()
-        plan_cells.cache_clear()
+        memories.clear("plans")
         plan()
 
     return {"cold": measure(cold, rounds), "cached": measure(plan, rounds)}

@@ -23,11 +23,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fasttrace
-from fasttrace import EngineError, FasttraceError, ModelError, PlanError, PromptError, api
+from fasttrace import EngineError, FasttraceError, ModelError, PlanError, PromptError, api, memories
 from fasttrace.engines import ENGINES
 from fasttrace.engines.memory import Budget
 from fasttrace.engines.passes import run_in_passes
-from fasttrace.engines.self_check import _CHECKS
 from fasttrace.experiment import corruption
 from fasttrace.experiment.cells import grid_cells, windows_of
 from fasttrace.experiment.grids import Grid
@@ -635,7 +634,7 @@ def test_torchs_defaults_change_nothing(model_type, engine, defaults):
 
     def grids():
         fresh = fasttrace.Tracer(model)
-        _CHECKS.clear()
+        memories.clear("models")
         return fresh.trace([5, 6, 7, 8], subject=(1, 3), **options)
 
     expected = grids()

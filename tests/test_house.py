@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "fasttrace"
 ORDER = (
     "errors",
     "checks",
+    "memories",
     "files",
     "prompts",
     "experiment",

@@ -10,10 +10,9 @@ from accelerate import cpu_offload
 from transformers import PhiConfig, PhiForCausalLM
 
 import fasttrace
-from fasttrace import NumericsError, PlanError, PromptError
+from fasttrace import NumericsError, PlanError, PromptError, memories
 from fasttrace import study as studies
 from fasttrace.engines import ENGINES, wavefront
-from fasttrace.engines import self_check as select
 from fasttrace.engines.clean import clean_tops
 from fasttrace.experiment.settings import Settings
 from fasttrace.facts.dataset import Fact, read_facts
@@ -260,7 +259,7 @@ def test_a_family_that_is_wrong_with_company_is_traced_alone(family, monkeypatch
             scores[1].cells[:] *= 1.1
         return scores
 
-    monkeypatch.setattr(select, "_CHECKS", type(select._CHECKS)())
+    memories.clear("models")
     monkeypatch.setitem(ENGINES, "wavefront", replace(ENGINES["wavefront"], run_jobs=wrong))
     with caplog.at_level(logging.WARNING, "fasttrace"):
         study, encoded, _ = study_of(tracer, FACTS, **OPTIONS)

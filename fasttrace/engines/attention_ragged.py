@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from inspect import signature
 from threading import Lock
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from einops import rearrange
@@ -28,6 +27,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fasttrace.errors import EngineError
+from fasttrace.memories import by_module, remembered
 from fasttrace.models.anatomy import Anatomy
 from fasttrace.models.hooks import here, modules_of, replaced_method
 from fasttrace.planning.on_device import GroupOnDevice
@@ -143,7 +143,7 @@ class _Set:
 _SET: dict[int, _Set] = {}
 """By the id of the configuration."""
 _SETTING = Lock()
-_TAKERS: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], tuple[Any, ...]]] = WeakKeyDictionary()
+_TAKERS = by_module()
 """A model -> an implementation and the ids of its configurations, and those that took the implementation."""
 
 
@@ -346,7 +346,7 @@ def _arithmetic(module: nn.Module, implementation: str) -> Callable[..., tuple[T
     return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
 
 
-@cache
+@remembered()
 def _unheeded(function: Callable[..., tuple[Tensor, Any]]) -> frozenset[str]:
     """Arguments that a kernel would heed, and that the pass's own function lets go by.
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
 
+from fasttrace import memories
 from fasttrace.checks import is_out_of_memory
 from fasttrace.engines.job import Job
 from fasttrace.engines.memory import Budget, shares_passes
@@ -20,7 +21,6 @@ from fasttrace.fusing.choose import how_computed
 from fasttrace.models.anatomy import Anatomy
 from fasttrace.models.hooks import apart
 from fasttrace.planning.cost import Cost, total
-from fasttrace.planning.packs import forget
 
 if TYPE_CHECKING:
     from fasttrace.engines.engine import Engine
@@ -77,7 +77,7 @@ def run_together(
 
 
 def _make_room() -> None:
-    forget()
+    memories.clear("packs")
     clear_device_cache(garbage_collection=True)
 
 

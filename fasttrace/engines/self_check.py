@@ -10,12 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
-from torch import nn
 
 from fasttrace.checks import is_out_of_memory
 from fasttrace.engines import ENGINES, Engine, reference
@@ -28,6 +26,7 @@ from fasttrace.experiment.cells import CLEAN, CORRUPTED, ZERO, Cell, Edit, Edits
 from fasttrace.experiment.corruption import draw, sigma_of
 from fasttrace.experiment.sites import RESIDUAL, SITE
 from fasttrace.fusing.choose import cpu_matmul, failed_kernels, fused_attention, kernel_compiler
+from fasttrace.memories import by_module
 from fasttrace.models.anatomy import Anatomy
 from fasttrace.models.hooks import exclusive, refuse_inside_a_pass
 from fasttrace.models.names import NOT_PACKED
@@ -106,7 +105,8 @@ class _Checks:
     sharing: dict[str, str | None] = field(default_factory=dict)
 
 
-_CHECKS: WeakKeyDictionary[nn.Module, list[_Checks]] = WeakKeyDictionary()
+_CHECKS = by_module()
+"""What was checked on a model: list[_Checks], the last first to go."""
 
 
 def choose(anatomy: Anatomy, engine: str = "auto", fuse: bool = True, state: State | None = None) -> EngineChoice:

@@ -6,12 +6,12 @@ cells, the reference engine reads them as they are.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fasttrace.checks import items, shown, whole_number
 from fasttrace.errors import PlanError
 from fasttrace.experiment.sites import SITE, SITES
+from fasttrace.memories import remembered
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,7 +139,7 @@ def window_width(window: int) -> int:
     return whole_number("window", window, 1, MOST_BLOCKS, meaning="blocks restored together; 1 restores single blocks")
 
 
-@lru_cache(maxsize=256)
+@remembered(256, about="plans")
 def grid_cells(stream: str, window: int, n_layers: int, n_positions: int) -> tuple[Cell, ...]:
     """The cells of one grid, layer by layer: cell (l, p) is item `l * n_positions + p`."""
     columns = [tuple(Edit(stream, block, position) for block in range(n_layers)) for position in range(n_positions)]

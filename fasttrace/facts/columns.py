@@ -3,7 +3,6 @@
 import ast
 import re
 from collections.abc import Iterable, Mapping
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import pandas as pd
 
 from fasttrace.checks import shown
 from fasttrace.errors import PromptError
+from fasttrace.memories import remembered
 
 __all__ = [
     "COLUMNS",
@@ -59,7 +59,7 @@ LIKE_ANSWERS = re.compile(
 NOT_ANSWERS = re.compile("^(sub|rel|pred|neg|is)|prompt|question|alias|wrong|incorrect|(id|ids|uri|url|type|index)$")
 
 
-@cache
+@remembered()
 def normal(name: str) -> str:
     """A column's name without what people vary: "Ground truth" and "groundTruth" are both "groundtruth"."""
     return re.sub(r"[\W_]+", "", name.casefold())

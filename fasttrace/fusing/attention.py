@@ -9,7 +9,6 @@ their blocks attend group by group.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from fasttrace.errors import FasttraceError
 from fasttrace.fusing.measure import Case, case_of, leave_out
+from fasttrace.memories import by_module
 from fasttrace.models.anatomy import Anatomy
 from fasttrace.planning.on_device import sent
 from fasttrace.planning.packs import Pack, kept
@@ -27,9 +27,10 @@ from fasttrace.planning.plan import BlockPlan
 UNDERSTOOD = frozenset({"scaling", "softcap", "s_aux", "dropout", "sliding_window", "is_causal", "position_ids"})
 """Arguments that the kernel does, or that say again what the mask says."""
 
-_TILES: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
-_FAILED: WeakKeyDictionary[nn.Module, set[Case]] = WeakKeyDictionary()
-"""Heads on which the kernel has failed, of every model."""
+_TILES = by_module()
+"""Tokens of a tile that a model's blocks asked for: set[int]."""
+_FAILED = by_module()
+"""Heads of a model on which the kernel has failed: set[Case]."""
 
 Visible = dict[int, tuple[Tensor, int | None]]
 """id of a mask -> the mask, so that it lives on, and its window (0: neither causal nor a window; None: no window)."""

@@ -15,7 +15,6 @@ import os
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fasttrace.errors import EngineError, PlanError
 from fasttrace.fusing.measure import Case, case_of, gain_of, is_taken, random
+from fasttrace.memories import by_module
 from fasttrace.models.hooks import evaluating, replaced_forward, set_by_others
 
 logger = logging.getLogger("fasttrace")
@@ -51,7 +51,7 @@ may be told to round to bfloat16."""
 GELUS: dict[type[nn.Module], str] = {NewGELUActivation: "tanh", GELUTanh: "tanh", GELUActivation: "none"}
 """transformers' modules -> what torch calls the approximation."""
 
-_IS_GELU_OF_PRODUCT: WeakKeyDictionary[nn.Module, tuple[tuple, bool]] = WeakKeyDictionary()
+_IS_GELU_OF_PRODUCT = by_module()
 """What an MLP was then, and whether it was seen to give its GELU the first product and nothing else."""
 
 LARGEST_GELU_ERROR = {torch.float32: 1e-5, torch.bfloat16: 3e-2}

@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager
 from copy import copy
 from functools import partial
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from fasttrace_kernels.launch import TRITON_DTYPES
@@ -30,6 +29,7 @@ from fasttrace.fusing.measure import (
     random,
 )
 from fasttrace.fusing.rotary import rotary_by_kernel
+from fasttrace.memories import by_module
 from fasttrace.models.anatomy import Anatomy
 from fasttrace.models.hooks import evaluating, replaced_forward
 from fasttrace.models.sizes import width_of
@@ -44,7 +44,7 @@ PROBED_ROWS = 64
 RARELY = 0.05
 """Share of the numbers of a norm that may be rounded otherwise in half precision."""
 
-_FOUND: WeakKeyDictionary[nn.Module, tuple[tuple, Any]] = WeakKeyDictionary()
+_FOUND = by_module()
 """What a module was then, and what it was found to compute."""
 
 

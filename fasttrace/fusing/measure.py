@@ -8,7 +8,6 @@ fails while it is tried is left out. Kernels are ours on a GPU, and oneDNN's mat
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from fasttrace.checks import is_out_of_memory
 from fasttrace.errors import kind_and_line
+from fasttrace.memories import by_case, remembered
 
 logger = logging.getLogger("fasttrace")
 
@@ -49,7 +49,7 @@ class Case(NamedTuple):
 Choices = Mapping[Case, bool]
 """Whether the kernel is taken."""
 
-_CHOSEN: dict[Case, bool] = {}
+_CHOSEN: dict[Case, bool] = by_case()
 
 
 def case_of(kind: str, sizes: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Case:
@@ -57,7 +57,7 @@ def case_of(kind: str, sizes: tuple[Any, ...], dtype: torch.dtype, device: torch
     return Case(kind, sizes, dtype, _name_of(device))
 
 
-@cache
+@remembered()
 def _name_of(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
@@ -128,7 +128,7 @@ def attempt(what: str, work: Callable[[], Any]) -> Any:
         return None
 
 
-@cache
+@remembered(about="warnings")
 def _warn(what: str, reason: str) -> None:
     logger.warning("kernel %s is left out: %s", what, reason)
 

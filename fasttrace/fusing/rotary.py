@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +12,7 @@ from fasttrace_kernels.rotary import rotary
 from torch import Tensor
 
 from fasttrace.fusing.measure import TOKENS, Case, attempt, case_of, gain_of, is_taken, leave_out, random
+from fasttrace.memories import remembered
 from fasttrace.models.anatomy import Anatomy
 from fasttrace.models.hooks import replaced_method, set_by_others
 
@@ -87,7 +87,7 @@ class Rotary:
         return all(map(torch.equal, rotary(*inputs, backend="torch"), self.own(*inputs)))
 
 
-@cache
+@remembered(about="measurements")
 def _in_place_of(own: Callable[..., Any]) -> Rotary:
     """One for each function, so that it is compared once."""
     return Rotary(own)

@@ -8,7 +8,7 @@ prompts as neighbours.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, wraps
+from functools import wraps
 from itertools import groupby
 from operator import attrgetter
 from typing import NamedTuple, TypeVar
@@ -17,12 +17,10 @@ import numpy as np
 import torch
 
 from fasttrace.experiment.cells import Vector
+from fasttrace.memories import remembered
 from fasttrace.planning.plan import BlockPlan, Group, Plan, Write
 
 Made = TypeVar("Made")
-
-_FORGET: list[Callable[[], None]] = []
-"""What empties the memories of `kept`."""
 
 Places = list[np.ndarray]
 """[plan][token of the plan's own pack] -> token of the common pack."""
@@ -74,20 +72,13 @@ def pack_of(plans: Sequence[Plan]) -> Pack:
 
 def kept(make: Callable[[Pack, torch.device], Made]) -> Callable[[Pack, torch.device], Made]:
     """Remembers what a function makes of a pack for a device, if the pack is small."""
-    remembered = lru_cache(maxsize=KEPT_PACKS)(make)
-    _FORGET.append(remembered.cache_clear)
+    keep = remembered(KEPT_PACKS, about="packs")(make)
 
     @wraps(make)
     def of(pack: Pack, device: torch.device) -> Made:
-        return (remembered if _is_small(pack.plans) else make)(pack, device)
+        return (keep if _is_small(pack.plans) else make)(pack, device)
 
     return of
-
-
-def forget() -> None:
-    """Lets go of what was kept with packs, where memory runs short."""
-    for clear in _FORGET:
-        clear()
 
 
 def _is_small(plans: Sequence[Plan]) -> bool:
@@ -115,7 +106,7 @@ def _pack_of(plans: tuple[Plan, ...]) -> Pack:
     )
 
 
-_kept_pack = lru_cache(maxsize=KEPT_PACKS)(_pack_of)
+_kept_pack = remembered(KEPT_PACKS, about="packs")(_pack_of)
 
 
 def peak_tokens(plans: Sequence[Plan]) -> int:

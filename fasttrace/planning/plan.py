@@ -17,13 +17,14 @@ are neighbors. `docs/planner.md` compiles a small plan step by step.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
 from fasttrace.experiment.cells import Cell, Vector
 from fasttrace.experiment.sites import ATTENTION, MLP, RESIDUAL
+from fasttrace.memories import remembered
 from fasttrace.planning.edits import (
     ACTIVATION,
     CLEAN_CELL,
@@ -188,7 +189,7 @@ class Plan:
         return int(self.n_tokens.max())
 
 
-@lru_cache(maxsize=32)
+@remembered(32, about="plans")
 def plan_cells(shape: Shape, cells: tuple[Cell, ...], layout: Layout = "narrow") -> Plan:
     """The plan of any cells, cached by its arguments; a cell without edits is the run that it is made in.
 

@@ -1,9 +1,10 @@
 """Student's t distribution, exactly: its quantiles widen an interval whose error was measured on few facts."""
 
 import math
-from functools import lru_cache
 
 import numpy as np
+
+from fasttrace.memories import remembered
 
 __all__ = ["t_quantile"]
 
@@ -11,7 +12,7 @@ BISECTIONS = 60
 """Halves an angle below pi / 2 to the last bit of a float64."""
 
 
-@lru_cache(maxsize=4096)
+@remembered(4096)
 def t_quantile(probability: float, degrees: int) -> float:
     """The value that a t-distributed number is below with some probability.
 

@@ -3,7 +3,6 @@
 import platform
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
@@ -12,11 +11,12 @@ import transformers
 
 from fasttrace import __version__
 from fasttrace.fusing.choose import KERNEL_NEEDS
+from fasttrace.memories import remembered
 
 __all__ = ["versions"]
 
 
-@cache
+@remembered()
 def versions() -> Mapping[str, str]:
     """Of what the numbers depend on, or may: what compiles kernels is named where it is installed."""
     found = {

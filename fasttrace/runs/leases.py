@@ -14,12 +14,12 @@ import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 
 import psutil
 
 from fasttrace.files.writing import TEMPORARY, clock_of, paths_in
+from fasttrace.memories import remembered
 
 __all__ = ["BADGE", "LEASE_SECONDS", "Badge", "Worker", "workers_in"]
 
@@ -105,7 +105,7 @@ class Worker:
             return True
 
 
-@cache
+@remembered()
 def place() -> tuple[str, ...]:
     """Where a process number names one process: host name, boot and container, because host names may repeat."""
     found = [socket.gethostname()]

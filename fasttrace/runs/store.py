@@ -56,6 +56,8 @@ __all__ = ["Store"]
 MANIFEST, PARTS, DAMAGED = "manifest.json", "parts", "damaged"
 SCORED = ("prompt", "subject", "target")
 """What of a fact its numbers depend on."""
+COMPARED = ("id", *SCORED, "details")
+"""Columns that say whether a fact is the one that is asked for: the last one where its subject begins."""
 TABLE_SCHEMA = pa.schema([field for field in PLAIN_COLUMNS if not pa.types.is_list(field.type)])
 """Columns of `Store.facts`, but for the total effect."""
 FRAME_COLUMNS = ("fact", "stream", "layer", "position", "token", "in_subject", *VALUES)
@@ -82,6 +84,8 @@ class Store:
         self._skipped: dict[str, frozenset[str]] = {}
         self._written = 0
         self._copy: Any = None
+        self._read: dict[str, pa.Table] | None = None
+        """What is to be compared of parts that `open` reads, by their names, until `remaining` has compared it."""
 
     def __repr__(self) -> str:
         return f"Store({str(self.folder)!r})"
@@ -111,6 +115,7 @@ class Store:
             # Parts that have lost their manifest may be another run's: ask them before a new one is written.
             cls(folder, {"fingerprint": here, "facts": {}})._scan()
         store = cls(folder, join_manifest(folder / MANIFEST, here), here)
+        store._read = {}
         store._make_writable()
         store.check()
         return store
@@ -183,14 +188,11 @@ class Store:
         Raises:
             StoreError: the store has another fact under the same id.
         """
-        frame = self.facts(self.coverage(everything=True)).set_index("id")[list(SCORED)].astype(object)
-        texts = frame.where(frame.notna(), None)
-        there = {fact_id: dict(zip(SCORED, row, strict=True)) for fact_id, *row in texts.itertuples()}
         facts = list(objects("facts", facts, Fact, "read_facts", error=StoreError))
-        starts = self._starts() if any(fact.subject_start is not None for fact in facts) else {}
+        there = self._there(any(fact.subject_start is not None for fact in facts))
         for fact in facts:
             if fact.id in there:
-                _check_same_fact(fact, there[fact.id], starts.get(fact.id))
+                _check_same_fact(fact, *there[fact.id])
         return [fact for fact in facts if fact.id not in there]
 
     def write(self, records: Sequence[Record], *, rank: int = 0) -> Path:
@@ -365,13 +367,18 @@ class Store:
         records = (decode_record(shelf.table(name), row, self.folder / PARTS / name) for name, row in places.values())
         return _facts_frame(tables, list(places)), records
 
-    def _starts(self) -> dict[str, int]:
-        """Where the subject begins in those facts whose source says so, by id."""
-        starts: dict[str, int] = {}
+    def _there(self, with_starts: bool) -> dict[str, tuple[dict[str, Any], int | None]]:
+        """Of each fact in the folder, by id: its texts, and where its subject begins if its source says so."""
+        self._scan()
+        read, self._read = self._read or {}, None
+        there: dict[str, tuple[dict[str, Any], int | None]] = {}
         for name in sorted(self._ids):
             path = self.folder / PARTS / name
-            starts |= subject_starts(read_part(path, ("id", "details"))[0], path)
-        return starts
+            table = read.pop(name) if name in read else read_part(path, COMPARED)[0]
+            starts = subject_starts(table, path) if with_starts else {}
+            for fact_id, *texts in zip(*(table.column(column).to_pylist() for column in COMPARED[:-1]), strict=True):
+                there.setdefault(fact_id, (dict(zip(SCORED, texts, strict=True)), starts.get(fact_id)))
+        return there
 
     def frame(self, shown: Coverage | None = None) -> pd.DataFrame:
         """Gives all grids of all facts as one tidy frame, a row per cell.
@@ -456,8 +463,10 @@ class Store:
         return damaged
 
     def _look_into(self, path: Path) -> None:
-        table, fingerprint = read_part(path, ["id", "status"])
+        table, fingerprint = read_part(path, ["status", *(COMPARED if self._read is not None else ("id",))])
         check_fingerprint(fingerprint, self.fingerprint, str(path))
+        if self._read is not None:
+            self._read[path.name] = _compared(table)
         skipped = [status == "skipped" for status in table.column("status").to_pylist()]
         self._keep(path.name, table.column("id").to_pylist(), skipped)
 
@@ -482,6 +491,12 @@ def _notes(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[str, ...]
         for side in (there, here)
     )
     return tuple(differences(left, right))
+
+
+def _compared(table: pa.Table) -> pa.Table:
+    """A part's columns to compare, without details that say nothing of it: those of all facts would fill the memory."""
+    details = (text if text is None or '"subject_start"' in text else "{}" for text in table["details"].to_pylist())
+    return table.select(COMPARED[:-1]).append_column("details", pa.array(details, pa.string()))
 
 
 def _facts_frame(tables: Iterable[pa.Table], ids: list[str]) -> pd.DataFrame:

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fasttrace import memories
 from fasttrace.engines import ENGINES, readout
 from fasttrace.engines.job import pack_of_jobs
 from fasttrace.errors import EngineError, NumericsError
 from fasttrace.experiment.cells import SITES, STREAMS, Edit
 from fasttrace.models.hooks import output_hook
 from fasttrace.planning.on_device import Writes
-from fasttrace.planning.packs import forget
 from tests.conftest import FAMILIES, N_LAYERS, all_grids, make_job, relative_error, tiny_anatomy, tiny_model
 
 FAST_ENGINES = ("wavefront", "rows")
@@ -280,7 +280,7 @@ def test_all_tables_of_a_plan_reach_the_device_in_one_copy(monkeypatch):
     copies = []
     right = torch.from_numpy
     monkeypatch.setattr(tables.torch, "from_numpy", lambda array: copies.append(len(array)) or right(array))
-    forget()
+    memories.clear("packs")
     found = tables.tables_of(pack, torch.device("cpu"))
     assert tables.tables_of(pack, torch.device("cpu")) is found
     assert len(copies) == 1

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fasttrace import memories
 from fasttrace.engines import ENGINES
 from fasttrace.engines import self_check as select
 from fasttrace.engines.state import state_of
@@ -159,10 +160,10 @@ def test_plain_passes_that_do_not_fit_are_made_smaller(family, monkeypatch):
     anatomy = anatomy_of(tiny_model(family))
     right = select.reference.run
     expected = select.choose(anatomy)
-    monkeypatch.setattr(select, "_CHECKS", type(select._CHECKS)())
+    memories.clear("models")
     monkeypatch.setattr(select.reference, "run", out_of_memory(3, right))
     assert select.choose(anatomy) == expected
-    monkeypatch.setattr(select, "_CHECKS", type(select._CHECKS)())
+    memories.clear("models")
     monkeypatch.setattr(select.reference, "run", out_of_memory(100, right))
     with pytest.raises(EngineError, match="out of memory on cpu during the self-check"):
         select.choose(anatomy)

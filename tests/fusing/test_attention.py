@@ -5,7 +5,7 @@ import pytest
 import torch
 from fasttrace_kernels import suffix_attention_cpu
 
-from fasttrace import EngineError, Tracer
+from fasttrace import EngineError, Tracer, memories
 from fasttrace.engines import ENGINES, reference, wavefront
 from fasttrace.engines.job import Job
 from fasttrace.experiment.cells import grid_cells
@@ -170,10 +170,9 @@ FAILURES = [
 def failing(kernel, monkeypatch):
     """The kernel fails from its n-th call on."""
     from fasttrace.fusing import attention as kernel_attention
-    from fasttrace.fusing import measure
 
     right, calls = kernel_attention.suffix_attention, []
-    measure._warn.cache_clear()
+    memories.clear("warnings")
 
     def make(error, after=0):
         def attention(*args, **options):

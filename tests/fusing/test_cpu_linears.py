@@ -8,7 +8,7 @@ from torch import nn
 from transformers.activations import GELUActivation, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from fasttrace import EngineError, PlanError, Tracer
+from fasttrace import EngineError, PlanError, Tracer, memories
 from fasttrace.engines import ENGINES, reference
 from fasttrace.experiment.cells import STREAMS
 from fasttrace.facts.dataset import read_facts
@@ -51,9 +51,11 @@ def calls(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def unmeasured(monkeypatch):
+def unmeasured():
     """Nothing has been measured yet."""
-    monkeypatch.setattr(measure, "_CHOSEN", {})
+    memories.clear("measurements")
+    yield
+    memories.clear("measurements")
 
 
 @needs_onednn

@@ -20,6 +20,7 @@ from transformers.models.gemma3n.modeling_gemma3n import Gemma3nRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
+from fasttrace import memories
 from fasttrace.api import Tracer
 from fasttrace.engines import ENGINES
 from fasttrace.facts.dataset import read_facts
@@ -66,14 +67,11 @@ IDS = torch.arange(1, 9)[None]
 
 
 @pytest.fixture(autouse=True)
-def anew(monkeypatch):
-    """Nothing has been found out yet."""
-    monkeypatch.setattr(measure, "_CHOSEN", {})
-    monkeypatch.setattr(kernel_glue, "_FOUND", weakref.WeakKeyDictionary())
-    for known in (measure._warn, kernel_rotary._in_place_of):
-        known.cache_clear()
+def anew():
+    """Nothing has been found out yet, and what is found out here is forgotten."""
+    memories.clear()
     yield
-    kernel_rotary._in_place_of.cache_clear()
+    memories.clear()
 
 
 @pytest.fixture

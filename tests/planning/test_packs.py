@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fasttrace import memories
 from fasttrace.engines import reference, wavefront
 from fasttrace.engines.job import Job, base_ids, pack_of_jobs
 from fasttrace.experiment.cells import STREAMS, grid_cells
@@ -152,7 +153,7 @@ def test_small_packs_are_kept_with_their_tables_and_large_ones_are_not(monkeypat
     assert tables_of(first, cpu) is tables_of(again, cpu)
     assert pack_of_jobs(jobs[::-1], N_LAYERS, wavefront.LAYOUT) is not first
     before = tables_of(first, cpu)
-    packs.forget()
+    memories.clear("packs")
     assert tables_of(first, cpu) is not before
     monkeypatch.setattr(packs, "LARGEST_KEPT", 1)
     large = [pack_of_jobs(jobs, N_LAYERS, wavefront.LAYOUT) for _ in range(2)]
