@@ -1,7 +1,12 @@
-"""Numbers that no change of the code may move. ``python -m tests.helpers.golden`` records them anew, with a reason."""
+"""Numbers that no change of the code may move.
+
+``python -m tests.helpers.golden`` records them anew, with a reason; ``python -m tests.helpers.golden FILE`` writes them
+elsewhere, for comparison.
+"""
 
 import hashlib
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -113,4 +118,4 @@ PARTS = (demo, engines, noise, store)
 if __name__ == "__main__":
     torch.set_num_threads(1)
     numbers = {name: values for part in PARTS for name, values in part().items()}
-    np.savez_compressed(FILE, machine=np.array(machine()), **numbers)
+    np.savez_compressed(sys.argv[1] if sys.argv[1:] else FILE, machine=np.array(machine()), **numbers)
