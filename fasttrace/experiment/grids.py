@@ -1,11 +1,11 @@
 """Grids: how the cells of a trace are made from its settings. Nothing here imports torch."""
 
-from functools import lru_cache
 from typing import Any
 
 from fasttrace.checks import one_of
 from fasttrace.errors import PlanError
 from fasttrace.experiment.cells import CLEAN, CORRUPTED, Cell, EditsIn
+from fasttrace.memories import remembered
 
 __all__ = ["BACKGROUNDS", "DENOISING", "DIRECTIONS", "NOISING", "directed", "direction_name"]
 
@@ -27,7 +27,7 @@ def direction_name(value: Any) -> str:
         raise PlanError(f"{error}; Tracer.trace_both gives both, from one pass") from None
 
 
-@lru_cache(maxsize=256)
+@remembered(256, about="plans")
 def directed(cells: tuple[Cell, ...], direction: str) -> tuple[Cell, ...]:
     """Cells that put back clean values, as they are or turned round.
 
