@@ -14,12 +14,15 @@ from fasttrace.checks import function, memory_told
 from fasttrace.engines.memory import Budget, check_samples, tokens_allowed
 from fasttrace.engines.passes import Progress
 from fasttrace.engines.self_check import EngineChoice, choose
+from fasttrace.engines.sources import check_source, vectors_of
 from fasttrace.engines.state import follow, state_of
 from fasttrace.errors import FasttraceError, ModelError, PlanError, PromptError
-from fasttrace.experiment.cells import windows_of
+from fasttrace.experiment.cells import Cell, windows_of
 from fasttrace.experiment.corruption import sigma_of
+from fasttrace.experiment.grids import OF_A_SUBJECT, Grid
 from fasttrace.experiment.own_cells import own_cells
 from fasttrace.experiment.settings import (
+    AblateOptions,
     BothOptions,
     ManyOptions,
     Settings,
@@ -299,7 +302,7 @@ class Tracer:
     def sweep(
         self,
         prompt: str | Sequence[int],
-        cells: Iterable[Any],
+        cells: Iterable[Any] | Grid,
         *,
         subject: str | tuple[int, int] | None = None,
         target: str | int | None = None,
@@ -312,11 +315,12 @@ class Tracer:
 
         Args:
             prompt: see `trace`, as all that is not named here.
-            cells: each an edit (site, layer, position), which puts the clean value back there; or a list of edits; or a
-                mapping with these under "edits" and the cell's coordinates under names of its own. A fourth item of an
-                edit is its source: "clean", "corrupted" or a vector (`experiment.cells.Vector`). The coordinate
-                "background" says in which run the edits are made, "corrupted" by default. Negative positions count from
-                the prompt's end.
+            cells: an `experiment.grids.Grid`, which makes cells of all blocks, of windows of several widths, at each
+                position or at sets of them; or a list of cells, each an edit (site, layer, position), which puts the
+                clean value back there; or a list of edits; or a mapping with these under "edits" and the cell's
+                coordinates under names of its own. A fourth item of an edit is its source: "clean", "corrupted" or a
+                vector (`experiment.cells.Vector`). The coordinate "background" says in which run the edits are made,
+                "corrupted" by default. Negative positions count from the prompt's end.
             subject: see `trace`.
             target: see `trace`.
             counterfactual: see `trace`.
@@ -340,12 +344,86 @@ class Tracer:
         asked = {"subject": subject, "target": target, "counterfactual": counterfactual, "foil": foil}
         with memory_told("tracing"):
             encoded = self._encoded(prompt, settings, asked)
-            coordinates, found = own_cells(cells, self._anatomy.n_layers, len(encoded.token_ids))
-            for site in {edit.site for cell in found for edit in cell}:
-                self._anatomy.modules_at(site)
-            study = self._study_of_prompt(settings, encoded)
-            ((scores, _),) = study.scores([study.job(encoded, found)], progress=progress)
-            return study.frame(coordinates, found, encoded, scores)
+            found = self._cells(cells, encoded)
+            return self._frame(self._study_of_prompt(settings, encoded), encoded, *found, progress)
+
+    @takes(AblateOptions)
+    def ablate(
+        self,
+        prompt: str | Sequence[int],
+        streams: str | Sequence[str] | None = None,
+        *,
+        source: Any = "zero",
+        positions: Any = "each",
+        window: Any = 1,
+        subject: str | tuple[int, int] | None = None,
+        target: str | int | None = None,
+        foil: str | int | None = None,
+        progress: Progress | None = None,
+        **options: Unpack[AblateOptions],
+    ) -> pd.DataFrame:
+        """What a prompt's answer loses without the values of a stream: they are replaced in the clean run.
+
+        There is no corrupted run.
+
+        Args:
+            prompt: see `trace`, as all that is not named here.
+            streams: sites whose values are replaced; None: those of the figure that the model has.
+            source: "zero"; or a tensor [width of the stream] or [n_layers, width of the stream], such as a mean over
+                other prompts; or a mapping of streams to such tensors.
+            positions: "each" position by itself; "all", "subject", "subject_last" or "last" together; or a list of
+                columns, each a position or a list of positions.
+            window: blocks whose values are replaced together, one width or several; in the residual stream one block.
+            subject: for positions that need one; see `trace`.
+            target: see `trace`.
+            foil: see `trace`.
+            progress: see `trace`.
+            options: see `trace`.
+
+        Returns:
+            A row per cell: stream, window, layer, position, a column per metric, and one with ``_effect`` behind its
+            name, which is less what the clean run has. ``attrs["runs"]`` has the clean run's metrics.
+
+        Raises:
+            PlanError: source, positions, window or streams cannot be used, or see `trace`, as for other errors.
+
+        >>> tracer.ablate(prompt, "attention_output", positions="last")  # doctest: +SKIP
+        """
+        settings, grid, source = Settings(**options), Grid(streams, window, positions), check_source(source)
+        function("progress", progress)
+        with memory_told("tracing"):
+            asked = {"subject": subject, "target": target, "counterfactual": None, "foil": foil}
+            encoded = self._encoded(prompt, settings, asked, corrupts=False)
+            if subject is None and grid.positions in OF_A_SUBJECT:
+                raise PromptError(f"positions is {grid.positions!r} and no subject is given: give subject=")
+            vectors = vectors_of(self._anatomy, grid.streams or self.streams, source)
+            found = self._cells(grid.sourced(lambda stream, layer: vectors[stream][layer]), encoded)
+            study = replace(self._study(settings, {}, None), corrupts=False)
+            frame = self._frame(study, encoded, *found, progress)
+            frame.attrs["source"] = source if isinstance(source, str) else "given"
+            return frame
+
+    def _cells(self, cells: Any, prompt: Prompt) -> tuple[list[dict[str, Any]], tuple[Cell, ...]]:
+        """The coordinates of cells, and the cells, of sites that the model has."""
+        n_layers, n_positions = self._anatomy.n_layers, len(prompt.token_ids)
+        if isinstance(cells, Grid):
+            found = cells.cells(n_layers, n_positions, prompt.span, self.streams)
+        else:
+            found = own_cells(cells, n_layers, n_positions)
+        for site in {edit.site for cell in found[1] for edit in cell}:
+            self._anatomy.modules_at(site)
+        return found
+
+    def _frame(
+        self,
+        study: Study,
+        prompt: Prompt,
+        coordinates: Sequence[Mapping[str, Any]],
+        cells: tuple[Cell, ...],
+        progress: Progress | None,
+    ) -> pd.DataFrame:
+        ((scores, _),) = study.scores([study.job(prompt, cells)], progress=progress)
+        return study.frame(coordinates, cells, prompt, scores)
 
     def _study_of_prompt(self, settings: Settings, prompt: Prompt) -> Study:
         pair = bool(prompt.counterfactuals)
@@ -354,10 +432,10 @@ class Tracer:
             check_samples(self._anatomy, settings.samples, windows, [prompt])
         return self._study(settings, windows, None if pair else [prompt.token_ids[slice(*prompt.span)]])
 
-    def _encoded(self, prompt: Any, settings: Settings, asked: Mapping[str, Any]) -> Prompt:
+    def _encoded(self, prompt: Any, settings: Settings, asked: Mapping[str, Any], corrupts: bool = True) -> Prompt:
         """A prompt with what it is compared with."""
         subject, counterfactual, first = asked["subject"], asked["counterfactual"], settings.first_target_token
-        if subject is None and counterfactual is None:
+        if corrupts and subject is None and counterfactual is None:
             raise PromptError(
                 "neither subject nor counterfactual is given: name the subject, whose embeddings get noise, or a "
                 "counterfactual prompt of as many tokens"

@@ -26,7 +26,7 @@ from fasttrace.engines.readout import Scores
 from fasttrace.engines.self_check import EngineChoice, confirm, prompts_share_passes
 from fasttrace.errors import NumericsError, PromptError
 from fasttrace.experiment.cells import Cell, background_of, grid_cells
-from fasttrace.experiment.corruption import Corruption, Counterfactual, Embedder, Noise
+from fasttrace.experiment.corruption import Corruption, Counterfactual, Embedder, NoCorruption, Noise
 from fasttrace.experiment.grids import BACKGROUNDS, DIRECTIONS, directed
 from fasttrace.experiment.metrics import MEANLESS
 from fasttrace.experiment.settings import Settings
@@ -101,6 +101,7 @@ class Study:
         budget: tokens of a pack.
         about: further metadata of results; its notes go before a prompt's own.
         sharing: all processes compute one prompt together; None: this one computes alone.
+        corrupts: prompts have corrupted runs; where they have none, all cells are made in the clean run.
     """
 
     anatomy: Anatomy
@@ -113,6 +114,7 @@ class Study:
     budget: Budget
     about: Mapping[str, Any] = field(default_factory=dict)
     sharing: Sharing | None = None
+    corrupts: bool = True
 
     # One prompt.
 
@@ -132,6 +134,8 @@ class Study:
         return Job(ids, runs, self._cells(len(ids)) if cells is None else cells, prompt.target_id, foil)
 
     def _corruption(self, prompt: Prompt) -> Corruption:
+        if not self.corrupts:
+            return NoCorruption()
         if prompt.counterfactuals:
             return Counterfactual(prompt.counterfactuals)
         return Noise(self.sigma, self.settings.samples, self.settings.seed)
@@ -198,12 +202,14 @@ class Study:
             scores: of these cells.
         """
         columns: dict[str, Any] = {}
-        runs: dict[str, dict[str, float]] = {"clean": {}, "corrupted": {}}
+        names = ("clean", "corrupted") if self.corrupts else ("clean",)
+        runs: dict[str, dict[str, float]] = {run: {} for run in names}
         for name in scores.names:
             if name in MEANLESS:
                 continue
             clean, *corrupted = scores.base_of(name)
-            runs["clean"][name], runs["corrupted"][name] = float(clean), float(np.mean(corrupted))
+            for run, values in zip(names, (clean, corrupted), strict=False):
+                runs[run][name] = float(np.mean(values))
             columns[name] = scores.of(name).mean(-1)
             columns[f"{name}_effect"] = columns[name] - [runs[background_of(cell)][name] for cell in cells]
         frame = pd.concat([pd.DataFrame(list(coordinates)), pd.DataFrame(columns)], axis=1)
@@ -224,7 +230,7 @@ class Study:
             "notes": [*self.about.get("notes", ()), *prompt.notes, *self._second_look()],
             "direction": self.settings.direction,
             "background": BACKGROUNDS[self.settings.direction],
-            **(self._pair(prompt) if prompt.counterfactuals else self._noise()),
+            **(self._pair(prompt) if prompt.counterfactuals else self._noise() if self.corrupts else {}),
             **self._foil(prompt),
             "dtype": str(self.anatomy.dtype).removeprefix("torch."),
             "device": str(self.anatomy.device),

@@ -29,6 +29,7 @@ from fasttrace.engines.memory import Budget
 from fasttrace.engines.passes import run_in_passes
 from fasttrace.experiment import corruption
 from fasttrace.experiment.cells import grid_cells, windows_of
+from fasttrace.experiment.grids import Grid
 from fasttrace.experiment.settings import ENGINE_NAMES, Settings
 from fasttrace.facts.dataset import Fact, read_facts
 from fasttrace.reports import page as report
@@ -67,6 +68,8 @@ MANY = {name: TRACE[name] for name in TRACE if name not in ("prompt", "subject",
 MANY = {name: value for name, value in MANY.items() if name != "progress"}
 PAIR = {"prompt": [5, 6, 7, 8], "counterfactual": [5, 6, 9, 8], "target": 7, "foil": 8, "subject": None}
 PAIR |= {name: TRACE[name] for name in ("samples", "noise", "engine", "progress")}
+ABLATE = {name: PAIR[name] for name in ("prompt", "target", "foil", "engine", "progress")}
+ABLATE |= {"streams": "mlp_output", "source": "zero", "positions": "each", "window": 1, "subject": (0, 2)}
 MANY |= {"facts": facts_of(2), "require_correct": False, "strict": False}
 
 
@@ -283,6 +286,11 @@ def tracing_doors(_store):
         "trace.pair": Door(tracer().trace, PAIR, {"prompt": ("token",), "target": ("token",), "foil": ("token",)}),
         "trace_both": Door(tracer().trace_both, PAIR, {"prompt": ("token",), "target": ("token",), "foil": ("token",)}),
         "sweep": Door(tracer().sweep, PAIR | {"cells": [("mlp_output", 0, 1)]}, {"prompt": ("token",)}),
+        "sweep.grid": Door(
+            lambda **grid: tracer().sweep(cells=Grid(**grid), **PAIR),
+            {"streams": "mlp_output", "window": 1, "positions": "each", "direction": "noising"},
+        ),
+        "ablate": Door(tracer().ablate, ABLATE, {"prompt": ("token",), "target": ("token",), "foil": ("token",)}),
         "trace_many": Door(lambda **options: list(tracer().trace_many(**options)), MANY, {"facts": FACTS}),
         "run": Door(running, {**many, "facts": facts_of(1), "shard": "facts", "progress": None}, {"facts": FACTS}),
         "run.folder": Door(into, {"folder": "run"}, {"folder": ("write",)}),
@@ -348,7 +356,7 @@ rome_file_name plot plot_stream plot_figure save_figure plot_roles save_roles sa
 export.out Store.read Store.open Store.remaining Store.write Store.coverage Store.facts
 """
 NAMES = tuple(OTHERS.split())
-TRACING = ("trace", "trace.pair", "trace_both", "sweep", "trace_many", "run", "run.folder")
+TRACING = ("trace", "trace.pair", "trace_both", "sweep", "sweep.grid", "ablate", "trace_many", "run", "run.folder")
 
 
 @pytest.fixture

@@ -232,17 +232,21 @@ def _averages_drawn(averages: "Averages", where: Path) -> list[Path]:
 
 def report(
     folder: Folder,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="A metric to choose from on the page; repeatable (default: prob, logit_diff, kl)."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="File to write (default: report.html in the run's folder).")] = None,
     everything: Everything = False,
     allow_incomplete: AllowIncomplete = False,
 ) -> None:
     """Write a run as one HTML page that works without a network: averages, a table of facts, their grids."""
-    from fasttrace.reports.page import write_report
+    from fasttrace.reports.page import SHOWN_METRICS, write_report
     from fasttrace.runs.store import Store
 
     where = out or _inside(folder, "report.html")
     store = Store.read(folder)
     shown = store.coverage(everything)
-    path = write_report(store, where, shown=shown)
+    path = write_report(store, where, shown=shown, metrics=metric or SHOWN_METRICS)
     say(f"wrote {path}")
     _say(shown, allow_incomplete)

@@ -18,6 +18,7 @@ from fasttrace.experiment.grids import DENOISING, direction_name
 
 __all__ = [
     "ENGINE_NAMES",
+    "AblateOptions",
     "BothOptions",
     "ManyOptions",
     "Settings",
@@ -124,16 +125,21 @@ class Settings:
         return json.loads(json.dumps(asdict(self)))
 
 
-class SweepOptions(TypedDict, total=False):
+class AblateOptions(TypedDict, total=False):
+    """Settings that `Tracer.ablate` takes by name."""
+
+    engine: str
+    budget: int | str
+    first_target_token: bool
+
+
+class SweepOptions(AblateOptions, total=False):
     """Settings that `Tracer.sweep` takes by name."""
 
     noise: float | str
     noise_subjects: Sequence[str | Sequence[int]] | None
     samples: int
     seed: int
-    engine: str
-    budget: int | str
-    first_target_token: bool
 
 
 class BothOptions(SweepOptions, total=False):

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -14,21 +14,23 @@ from typing import Any
 import numpy as np
 
 from fasttrace.checks import items, mapping, path_of, text, whole_number
-from fasttrace.errors import PlanError
 from fasttrace.experiment.sites import color_map
 from fasttrace.files.writing import as_utf8, atomic_write
 from fasttrace.reports.average_figures import ROLE_COLORS, ROLE_NAMES, layer_title, legend, lowest
-from fasttrace.reports.averages import Averages, average
+from fasttrace.reports.averages import Averages, average_each
 from fasttrace.reports.sources import shown_records
-from fasttrace.results.figure import PlotError
+from fasttrace.results.figure import METRIC_NAMES, PlotError
 from fasttrace.results.record import Record
-from fasttrace.results.result import TraceResult
+from fasttrace.results.result import DIRECTION, TraceResult
 from fasttrace.runs.coverage import Coverage
 from fasttrace.runs.store import Store
 
 __all__ = ["write_report"]
 
-NOT_ABOUT_THE_RUN = ("prompt", "subject", "target")
+PAIR = ("counterfactual", "counterfactual_ids", "counterfactual_tokens", "differing")
+NOT_ABOUT_THE_RUN = ("prompt", "subject", "target", *PAIR)
+SHOWN_METRICS = ("prob", "logit_diff", "kl")
+"""Of which a page has grids unless more are asked for: each metric adds its 5 bytes a cell."""
 DIGITS = 6
 
 
@@ -42,13 +44,15 @@ def write_report(
     notes: Iterable[str] = (),
     missing: int = 0,
     shown: Coverage | None = None,
+    metrics: Iterable[str] = SHOWN_METRICS,
 ) -> Path:
     """Writes a run as one HTML file that needs neither a network nor other files.
 
     It has what was run, average total and indirect effects with figures, a table of facts to search and sort,
     and the heat maps of each fact, where a cell shows its numbers under the pointer. Indirect effects are kept
-    as float32 beside the exact corrupted probability, some 5 bytes a cell. A file of the same name is replaced;
-    it appears whole or not at all. Records are read once, one at a time.
+    as float32 beside the exact probabilities of the runs without edits, some 5 bytes a cell and metric. A metric is
+    chosen on the page: at first the logit difference where every traced fact has a foil, else the probability. A file
+    of the same name is replaced; it appears whole or not at all. Records are read once, one at a time.
 
     Args:
         records: a store, or facts with their results; those without one are listed with the reason.
@@ -60,11 +64,13 @@ def write_report(
         missing: facts that were asked for and are not among the records; the page counts them. Of a store it is known,
             as are malformed rows and notes, to which those that are given are added.
         shown: which facts of a store, see `Store.records`.
+        metrics: those to choose from, beside prob; those that no fact has are left out.
 
     Returns:
         The path written.
 
     Raises:
+        PlanError: a metric that has no average.
         PlotError: plotly is not installed.
         StoreError: the file cannot be written.
     """
@@ -79,54 +85,88 @@ def write_report(
         title = title or as_utf8(about_run.get("name") or None)
         bad_rows, missing = [*about_run.get("bad_rows", ()), *bad_rows], missing + shown.missing
         notes = [*records.notes, *shown.notes, *notes]
+    metrics = tuple(dict.fromkeys(("prob", *items("metrics", metrics, "a list of names"))))
     script = _plotly_script()
-    run = _Run()
-    averages, reason = run.read(found)
+    run = _Run(metrics)
+    averages, reasons = run.read(found)
+    name = f"Causal tracing of {_model_name(run.shared)}" + ("" if run.direction == DIRECTION else f", {run.direction}")
     payload = {
-        "title": title or f"Causal tracing of {_model_name(run.shared)}",
+        "title": title or name,
         "about": [[str(name), _text(value)] for name, value in (run.shared if about is None else about).items()],
-        "notes": [*map(str, notes), *([f"No averages: {reason}"] if reason else [])],
+        "notes": [*map(str, notes), *reasons],
         "bad_rows": [_text(row) for row in bad_rows],
         "counts": run.counts() | ({"missing": missing} if missing else {}),
-        "averages": averages and _averages(averages),
+        "direction": run.direction,
+        "metrics": run.choices(),
+        "metric": run.default_metric,
+        "averages": averages.pop("prob", None),
+        "others": averages,
         "facts": run.facts,
     }
     with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(_page(payload, run.grids, script))
+        file.writelines(_page(payload, run.pieces(), script))
     return path
 
 
 class _Run:
     """What a page keeps of its records, filled while the averages are taken."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: tuple[str, ...]) -> None:
+        self.metrics = metrics
         self.facts: list[dict[str, Any]] = []
-        self.grids: list[str | None] = []
+        self.grids: list[dict[str, str]] = []
         self.reasons: Counter[str] = Counter()
+        self.having: Counter[str] = Counter()
+        self.directions: set[str] = set()
         self.metadata: dict[str, Any] | None = None
 
     @property
     def shared(self) -> dict[str, Any]:
         return self.metadata or {}
 
-    def read(self, records: Iterable[Record]) -> tuple[Averages | None, str | None]:
-        """Reads all records; gives their averages, or why there are none."""
-        seen = self._seen(records)
-        try:
-            return average(seen), None
-        except PlanError as error:
-            deque(seen, maxlen=0)  # the page shows what cannot be averaged all the same
-            return None, str(error)
+    @property
+    def direction(self) -> str:
+        return " and ".join(sorted(self.directions)) or DIRECTION
+
+    @property
+    def default_metric(self) -> str:
+        traced = len(self.facts) - self.reasons.total()
+        return "logit_diff" if traced and self.having["logit_diff"] == traced else "prob"
+
+    def choices(self) -> list[dict[str, str]]:
+        """The metrics that any fact has, prob first: a grid's element is named by the number in this list."""
+        names = ("prob", *(name for name in self.metrics[1:] if self.having[name]))
+        return [{"name": name, "title": METRIC_NAMES.get(name, name)} for name in names]
+
+    def read(self, records: Iterable[Record]) -> tuple[dict[str, Any], list[str]]:
+        """Reads all records; gives the averages that there are, and notes that say why there are no others."""
+        found = average_each(self._seen(records), self.metrics)
+        shown = [name for name in self.metrics if name == "prob" or self.having[name]]
+        averages = {name: each for name in shown if isinstance(each := found[name], Averages)}
+        missing = [name for name in shown if name not in averages]
+        notes = [f"No averages{'' if name == 'prob' else f' of {name}'}: {found[name]}" for name in missing]
+        return {name: _averages(each) for name, each in averages.items()}, notes
 
     def _seen(self, records: Iterable[Record]) -> Iterator[Record]:
         for record in records:
-            self.facts.append(_fact(record))
-            self.grids.append(record.result and _grids(record.result))
-            if record.result is None:
+            result = record.result
+            names = [] if result is None else [name for name in self.metrics if name in result.metrics]
+            self.having.update(names)
+            self.facts.append(_fact(record, names))
+            self.grids.append({} if result is None else {name: _grids(result, name) for name in names})
+            if result is None:
                 self.reasons[record.reason or "no reason given"] += 1
             else:
-                self._share(record.result.metadata)
+                self.directions.add(result.direction)
+                self._share(result.metadata)
             yield record
+
+    def pieces(self) -> Iterator[str]:
+        """The elements that hold the grids."""
+        numbers = {choice["name"]: f"-{i}" if i else "" for i, choice in enumerate(self.choices())}
+        for i, grids in enumerate(self.grids):
+            for name, grid in grids.items():
+                yield f'<script type="text/plain" id="grid-{i}{numbers[name]}">{grid}</script>\n'
 
     def _share(self, metadata: Mapping[str, Any]) -> None:
         if self.metadata is None:
@@ -147,7 +187,7 @@ class _Run:
         }
 
 
-def _fact(record: Record) -> dict[str, Any]:
+def _fact(record: Record, metrics: Iterable[str]) -> dict[str, Any]:
     fact = record.fact
     row = {
         "id": fact.id,
@@ -158,15 +198,15 @@ def _fact(record: Record) -> dict[str, Any]:
         "correct": record.correct,
         "reason": record.reason,
     }
-    return row if record.result is None else row | _trace(record.result)
+    return row if record.result is None else row | _trace(record.result, metrics)
 
 
-def _trace(result: TraceResult) -> dict[str, Any]:
+def _trace(result: TraceResult, metrics: Iterable[str]) -> dict[str, Any]:
     return {
         "target": str(result.target_id) if result.target is None else result.target,
-        "clean": _number(result.clean_prob),
-        "corrupted": _number(result.corrupted_prob),
-        "total": _number(result.total_effect),
+        **_runs(result, "prob"),
+        "runs": {name: _runs(result, name) for name in metrics if name != "prob"},
+        "pair": _pair(result),
         "tokens": result.tokens,
         "span": result.span,
         "layers": result.n_layers,
@@ -177,8 +217,23 @@ def _trace(result: TraceResult) -> dict[str, Any]:
     }
 
 
-def _grids(result: TraceResult) -> str:
-    effects = np.stack([result.grid(stream, "indirect_effect") for stream in result.streams])
+def _runs(result: TraceResult, metric: str) -> dict[str, float | None]:
+    values = {run: _number(result.run_value(run, metric)) for run in ("clean", "corrupted", "background")}
+    return values | {"total": _number(result.gap(metric))}
+
+
+def _pair(result: TraceResult) -> dict[str, Any] | None:
+    """The counterfactuals as tokens, and the places where any of them differs; None where noise was used."""
+    others, places = (result.metadata.get(name) for name in ("counterfactual_tokens", "differing"))
+    if not isinstance(others, list) or not isinstance(places, list):
+        return None
+    if not all(isinstance(other, list) and len(other) == result.n_positions for other in others):
+        return None
+    return {"tokens": [[str(token) for token in other] for other in others], "differing": places}
+
+
+def _grids(result: TraceResult, metric: str) -> str:
+    effects = np.stack([result.grid(stream, "indirect_effect", metric=metric) for stream in result.streams])
     with np.errstate(over="ignore"):
         return base64.b64encode(effects.astype("<f4").tobytes()).decode("ascii")
 
@@ -197,7 +252,7 @@ def _averages(averages: Averages) -> dict[str, Any]:
         streams.append({"name": stream, "title": title, "color": color_map(stream), "lines": lines})
     totals = [{name: _plain(value) for name, value in row.items()} for row in averages.totals().to_dict("records")]
     peaks = [_peak(averages, stream) for stream in averages.streams]
-    base = {"value": legend(averages), "lowest": lowest(averages), "facts": averages.facts}
+    base = {"value": legend(averages), "lowest": lowest(averages), "facts": averages.facts, "falls": averages.falls}
     return base | {"streams": streams, "totals": totals, "peaks": peaks}
 
 
@@ -246,7 +301,7 @@ def _plotly_script() -> str:
     return get_plotlyjs()
 
 
-def _page(payload: Mapping[str, Any], grids: Iterable[str | None], plotly: str) -> Iterator[str]:
+def _page(payload: Mapping[str, Any], grids: Iterable[str], plotly: str) -> Iterator[str]:
     folder = resources.files("fasttrace") / "reports" / "html"
     names = ("template.html", "report.css", "charts.js", "page.js")
     template, style, charts, page = ((folder / name).read_text("utf-8") for name in names)
@@ -256,7 +311,7 @@ def _page(payload: Mapping[str, Any], grids: Iterable[str | None], plotly: str) 
         "policy": [f"default-src 'none'; script-src {policy}; style-src 'unsafe-inline'; img-src data: blob:"],
         "style": [style],
         "data": [_json(payload)],
-        "grids": (f'<script type="text/plain" id="grid-{i}">{grid}</script>\n' for i, grid in enumerate(grids) if grid),
+        "grids": grids,
     }
     parts |= {name: [code] for name, code in scripts.items()}
     for i, piece in enumerate(template.split("%%")):

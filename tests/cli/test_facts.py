@@ -126,6 +126,7 @@ def test_every_option_reaches_the_run(home, tmp_path, monkeypatch):
         "dtype": "torch.float64",
         "compat": None,
         "shard": "cells",
+        "direction": "denoising",
         "window": 3,
         "noise": 1.0,
         "noise_subjects": ["The Needle", "Seattle"],
@@ -299,6 +300,16 @@ def test_a_run_is_averaged_in_the_metric_that_is_asked_for(finished, tmp_path, v
     assert f"with the {'smallest' if falls else 'largest'} means" in done.stdout
 
 
+def test_a_report_has_the_metrics_that_are_asked_for(finished, tmp_path):
+    pytest.importorskip("plotly")
+    for words, names in (((), ("prob", "kl")), (("--metric", "rank", "--metric", "logit"), ("prob", "rank", "logit"))):
+        out = tmp_path / "r.html"
+        done = CliRunner().invoke(cli.app, ["report", str(finished), "--out", str(out), *words])
+        assert done.exit_code == 0, done.output
+        _, _, data = out.read_text("utf-8").partition('<script type="application/json" id="data">')
+        assert tuple(m["name"] for m in json.loads(data.partition("</script>")[0])["metrics"]) == names
+
+
 def test_an_unknown_format_is_refused(finished):
     done = export(finished, "--format", "xlsx")
     assert done.exit_code == 2
@@ -369,6 +380,7 @@ def test_a_wrong_option_of_a_run_is_one_line_before_the_model_is_loaded(home, tm
         (("export", "--format", "x"), "unknown format 'x'"),
         (("export", "--out", "/proc/x"), "cannot"),
         (("report", "--out", "/proc/x/a.html"), "cannot write"),
+        (("report", "--metric", "top1"), "metric 'top1' has no average"),
     ],
 )
 def test_a_wrong_option_behind_a_run_is_one_line(finished, words, named):

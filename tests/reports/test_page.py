@@ -10,11 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fasttrace.errors import FasttraceError, StoreError
+from fasttrace.errors import FasttraceError, PlanError, StoreError
 from fasttrace.facts.dataset import Fact
 from fasttrace.reports import page as report
 from fasttrace.reports.averages import average
 from fasttrace.reports.page import write_report
+from fasttrace.results.metric_grids import MetricGrids
 from fasttrace.results.record import Record
 from tests.helpers.averaged import STREAMS, make_result, record
 from tests.helpers.counts import calls_in
@@ -82,6 +83,75 @@ def test_the_summary_counts_and_names_what_all_results_agree_on(tmp_path):
     other = make_result(metadata={**RUN, "samples": 3})
     data = payload(write_report([*records(), record(other)], tmp_path / "report.html"))
     assert "samples" not in dict(data["about"])
+
+
+ODD = '<b>"odd %{x}'
+
+
+def pairs(metrics=("kl", "logit_diff", ODD), **metadata):
+    """Facts with metrics beside prob, and what a counterfactual leaves in the metadata."""
+    for seed in (1, 2):
+        random = np.random.default_rng(seed)
+        grids = {stream: random.standard_normal((4, 7)).astype(np.float32) for stream in STREAMS}
+        others = {name: MetricGrids(grids, grids, clean=0.0, corrupted=1.5 + seed) for name in metrics}
+        tokens = [[f" o{i}" for i in range(7)]]
+        about = {**RUN, "counterfactual_tokens": tokens, "differing": [2], **metadata}
+        result = make_result(seed=seed, others=others, metadata=about)
+        yield Record(Fact(str(seed), f"A {seed}", "A"), result, None, True)
+
+
+@pytest.mark.parametrize("background", ["corrupted", "clean"])
+def test_every_metric_that_is_asked_for_has_its_averages_and_grids_in_either_direction(tmp_path, background):
+    direction = {"corrupted": "denoising", "clean": "noising"}[background]
+    given = list(pairs(background=background, direction=direction))
+    path = write_report(given, tmp_path / "r.html", metrics=("kl", "rank", ODD))
+    data = payload(path)
+    assert [choice["name"] for choice in data["metrics"]] == ["prob", "kl", ODD]
+    assert data["title"] == "Causal tracing of org/gpt2-xl" + {"clean": ", noising"}.get(background, "")
+    assert dict(data["about"]).keys().isdisjoint({"counterfactual_tokens", "differing"})
+    for k, name in ((1, "kl"), (2, ODD)):
+        expected = average(given, metric=name)
+        totals = [row["mean"] for row in data["others"][name]["totals"]]
+        np.testing.assert_allclose(totals, expected.totals()["mean"], rtol=1e-5)
+        for i in (0, 1):
+            result = given[i].result
+            effects = [result.grid(stream, "indirect_effect", metric=name) for stream in STREAMS]
+            np.testing.assert_allclose(grid(path, f"{i}-{k}"), np.ravel(effects), rtol=1e-6)
+            runs = data["facts"][i]["runs"][name]
+            assert runs["background"] == result.run_value(background, name)
+            assert runs["total"] == result.gap(name)
+
+
+def test_the_logit_difference_comes_first_where_every_traced_fact_has_a_foil(tmp_path):
+    with_foils, skipped = list(pairs()), record(reason="too long")
+    assert payload(write_report([*with_foils, skipped], tmp_path / "r.html"))["metric"] == "logit_diff"
+    assert payload(write_report([*with_foils, *records()], tmp_path / "r.html"))["metric"] == "prob"
+    assert payload(write_report([skipped], tmp_path / "r.html"))["metric"] == "prob"
+
+
+def test_a_metric_that_cannot_be_averaged_leaves_the_others_theirs(tmp_path):
+    odd = {stream: np.full((4, 7), np.inf, dtype=np.float32) for stream in STREAMS}
+    given = [record(make_result(others={"kl": MetricGrids(odd, {}, 0.0, 1.0)}))]
+    data = payload(write_report(given, tmp_path / "r.html"))
+    assert data["averages"]["facts"] == 1
+    assert data["others"] == {}
+    assert data["notes"] == [
+        "No averages of kl: fact '1' has cells that are not finite: trace it again, or leave it out"
+    ]
+
+
+@pytest.mark.parametrize(
+    "metadata", [{"counterfactual_tokens": 3}, {"differing": "x"}, {"counterfactual_tokens": [[]]}]
+)
+def test_a_pair_that_no_trace_writes_is_left_out(tmp_path, metadata):
+    assert payload(write_report(pairs(**metadata), tmp_path / "r.html"))["facts"][0]["pair"] is None
+
+
+@pytest.mark.parametrize("metrics", [("top1",), "kl", (3,), None])
+def test_metrics_that_have_no_average_are_refused(tmp_path, metrics):
+    with pytest.raises(PlanError, match="metric"):
+        write_report(pairs(), tmp_path / "r.html", metrics=metrics)
+    assert os.listdir(tmp_path) == []
 
 
 def test_what_the_caller_says_of_the_run_is_shown(tmp_path):
@@ -497,3 +567,38 @@ def test_a_grid_of_nan_and_one_block_are_drawn(browser, tmp_path):
     find(browser, "[aria-controls=detail-0]")[0].click()
     wait(browser, lambda: len(find(browser, "#detail-0 .main-svg")) > 0)
     assert browser.get_log("browser") == []
+
+
+def test_another_metric_changes_tiles_averages_table_and_open_facts(browser, tmp_path):
+    given = list(pairs())
+    path = write_report(given, tmp_path / "r.html", metrics=("kl", ODD))
+    show(browser, path)
+    assert [option.text for option in find(browser, "#metric option")] == ["prob", "KL from clean", ODD]
+    open_fact(browser, 0)
+    assert [mark.text for mark in find(browser, ".pair mark")] == ["t2", "o2"]
+    result = given[0].result
+    for k, (name, title) in enumerate((("kl", "KL from clean"), (ODD, ODD), ("kl", "KL from clean"))):
+        find(browser, "#metric option")[1 + k % 2].click()
+        charts = find(browser, "#detail-0 .chart")
+        wait(browser, lambda: len(find(browser, "#detail-0 .chart .main-svg .hm image")) == 3)
+        for layer, position in ((0, 0), (3, 5)):
+            _, value, effect = hover(browser, charts[1], layer, position)
+            expected = result.grid("mlp_activation", metric=name)[layer, position]
+            shift = result.grid("mlp_activation", "indirect_effect", metric=name)[layer, position]
+            assert value.startswith(f"{title} ")
+            assert float(value.split()[-1]) == pytest.approx(expected, abs=1e-3, rel=6e-4)
+            assert float(effect.split()[-1]) == pytest.approx(shift, rel=6e-4)
+        tiles = [tile.text.splitlines()[0] for tile in find(browser, "#tiles > div")]
+        assert tiles[2:4] == [f"{title}, clean", f"{title}, corrupted"]
+        assert [cell.text for cell in find(browser, "tbody:first-of-type td.number")] == ["0.000", "2.500", "-2.500"]
+        best = result.strongest("mlp_activation", 1, metric=name).iloc[0]
+        note = charts[1].find_element("xpath", "preceding-sibling::p").text
+        assert note.startswith(f"Strongest: t{best.position}, block {best.layer}, ")
+        peak = average(given, metric=name).strongest("mlp_activation").iloc[0]
+        assert f"block {peak.layer}, " in find(browser, "#average-maps .quiet")[1].text
+        assert find(browser, "#average-maps .quiet")[1].text.startswith("Smallest")
+    assert browser.get_log("browser") == []
+
+
+def test_a_page_of_one_metric_has_no_chooser(browser, written):
+    assert not show(browser, written).find_element("id", "chooser").is_displayed()

@@ -1,11 +1,15 @@
 "use strict";
 // Heat maps and lines. Every text that plotly gets is escaped, because it reads some HTML in labels.
 
-// ColorBrewer's sequential scales, from nothing to the largest value.
+// ColorBrewer's sequential scales, from nothing to the largest value, and one of two colors that meet at 0.
 const SCALES = {
   Purples: ["#fcfbfd", "#efedf5", "#dadaeb", "#bcbddc", "#9e9ac8", "#807dba", "#6a51a3", "#54278f", "#3f007d"],
   Greens: ["#f7fcf5", "#e5f5e0", "#c7e9c0", "#a1d99b", "#74c476", "#41ab5d", "#238b45", "#006d2c", "#00441b"],
   Reds: ["#fff5f0", "#fee0d2", "#fcbba1", "#fc9272", "#fb6a4a", "#ef3b2c", "#cb181d", "#a50f15", "#67000d"],
+  RdBu: [
+    ...["#67001f", "#b2182b", "#d6604d", "#f4a582", "#fddbc7", "#f7f7f7"],
+    ...["#d1e5f0", "#92c5de", "#4393c3", "#2166ac", "#053061"],
+  ],
   Blues: ["#f7fbff", "#deebf7", "#c6dbef", "#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#08519c", "#08306b"],
 };
 const DASHES = { before_subject: "dot", first_subsequent: "dash", further: "dash", last: "dash" };
@@ -45,6 +49,10 @@ function escaped(text) {
   return text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 }
 
+function broken(text) {
+  return escaped(text).replaceAll("\n", "<br>");
+}
+
 function colorScale(name) {
   return SCALES[name].map((color, i, all) => [i / (all.length - 1), color]);
 }
@@ -78,40 +86,55 @@ function blockAxis(options = {}) {
   return axis({ title: { text: "block", standoff: 4 }, tickformat: "d", nticks: 10, ...options });
 }
 
-// rows: labels of the rows, top first; values and texts: [row][block].
-function heatMap(box, { rows, values, texts, lowest, color, legend, template }) {
+// From the lightest color, which is what no effect gives, to the darkest.
+function risingScale(values, lowest, color) {
   const highest = values.flat().reduce((most, value) => (value > most ? value : most), lowest);
+  const zmax = highest > lowest ? highest : lowest + Math.max(Math.abs(lowest) * 1e-3, 1e-12);
+  return { zmin: lowest, zmax, colorscale: colorScale(color) };
+}
+
+// Of effects of both signs: white is 0, and both colors are as long.
+function signedScale(values) {
+  const most = values.flat().reduce((most, value) => (Math.abs(value) > most ? Math.abs(value) : most), 0) || 1e-12;
+  return { zmin: -most, zmax: most, colorscale: colorScale("RdBu") };
+}
+
+// rows: labels of the rows, top first; values and texts: [row][block]; scale: of colors.
+function heatMap(box, { rows, values, texts, scale, legend, template }) {
   const trace = {
     type: "heatmap",
     z: values,
     customdata: texts,
     hovertemplate: template + "<extra></extra>",
     hoverongaps: false,
-    zmin: lowest,
-    zmax: highest > lowest ? highest : lowest + Math.max(Math.abs(lowest) * 1e-3, 1e-12),
-    colorscale: colorScale(color),
-    colorbar: { thickness: 9, len: 1, outlinewidth: 0, nticks: 5, title: { text: escaped(legend), font: { size: 12 } } },
+    ...scale,
+    colorbar: { thickness: 9, len: 1, outlinewidth: 0, nticks: 5, title: { text: broken(legend), font: { size: 12 } } },
   };
   const ticks = rows.map((_, i) => i);
   const yaxis = axis({ autorange: "reversed", tickmode: "array", tickvals: ticks, ticktext: rows.map(escaped) });
   return draw(box, [trace], { xaxis: blockAxis(), yaxis }, 70 + Math.max(110, 19 * rows.length));
 }
 
-// The heat map of one stream of a fact; effects: Float32Array [layers * tokens].
-function factMap(box, fact, stream, effects) {
+// The heat map of one stream of a fact, in a metric of which the runs without edits have some values.
+// effects: Float32Array [layers * tokens].
+function factMap(box, fact, stream, effects, metric, runs) {
   const count = fact.tokens.length;
   const labels = fact.tokens.map((token, i) => {
     return shortened(visible(token)) + (fact.span[0] <= i && i < fact.span[1] ? "*" : "");
   });
   const cell = (i, layer) => effects[layer * count + i];
   const layers = [...Array(fact.layers).keys()];
-  const values = fact.tokens.map((_, i) => layers.map((layer) => fact.corrupted + cell(i, layer)));
+  const shifts = fact.tokens.map((_, i) => layers.map((layer) => cell(i, layer)));
+  const values = shifts.map((row) => row.map((effect) => runs.background + effect));
   const texts = fact.tokens.map((token, i) =>
     layers.map((layer) => [escaped(visible(token)), digits(values[i][layer]), signed(cell(i, layer))]),
   );
-  const template = "%{customdata[0]}, block %{x}<br>probability %{customdata[1]}<br>indirect effect %{customdata[2]}";
-  const legend = `p(${shortened(visible(fact.target), 9)})`;
-  return heatMap(box, { rows: labels, values, texts, lowest: fact.corrupted, color: stream.color, legend, template });
+  const isProb = metric.name === "prob";
+  const name = isProb ? "probability" : escaped(metric.title).replaceAll("%{", "%&#123;");
+  const template = `%{customdata[0]}, block %{x}<br>${name} %{customdata[1]}<br>indirect effect %{customdata[2]}`;
+  const legend = isProb ? `p(${shortened(visible(fact.target), 9)})` : `effect on\n${metric.title}`;
+  const scale = isProb ? risingScale(values, runs.corrupted, stream.color) : signedScale(shifts);
+  return heatMap(box, { rows: labels, values: isProb ? values : shifts, texts, scale, legend, template });
 }
 
 function meanTexts(line) {
@@ -128,13 +151,13 @@ const MEAN_TEMPLATE =
   "%{customdata[0]}, block %{x}<br>mean %{customdata[1]}<br>95 % interval %{customdata[2]}" +
   "<br>bootstrap %{customdata[3]}<br>%{customdata[4]}";
 
-function averageMap(box, averages, stream) {
+function averageMap(box, averages, stream, isProb) {
+  const values = stream.lines.map((line) => line.mean);
   return heatMap(box, {
     rows: stream.lines.map((line) => line.name),
-    values: stream.lines.map((line) => line.mean),
+    values,
     texts: stream.lines.map(meanTexts),
-    lowest: averages.lowest,
-    color: stream.color,
+    scale: isProb ? risingScale(values, averages.lowest, stream.color) : signedScale(values),
     legend: averages.value,
     template: MEAN_TEMPLATE,
   });
@@ -168,7 +191,7 @@ function averageLines(box, averages, stream, range) {
   const traces = [...stream.lines.map((line) => band(line, blocks)), ...lines];
   const nothing = { type: "line", xref: "paper", x0: 0, x1: 1, y0: averages.lowest, y1: averages.lowest };
   const shapes = [{ ...nothing, line: { width: 1, dash: "dot", color: "#8a8a96" } }];
-  const yaxis = axis({ range, title: { text: averages.value, standoff: 6 }, showgrid: true });
+  const yaxis = axis({ range, title: { text: broken(averages.value), standoff: 6 }, showgrid: true });
   return draw(box, traces, { xaxis: blockAxis(), yaxis, shapes, hovermode: "closest" }, 270);
 }
 

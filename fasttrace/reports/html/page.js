@@ -5,6 +5,28 @@ const DATA = JSON.parse(document.getElementById("data").textContent);
 const at = (id) => document.getElementById(id);
 const count = (number) => number.toLocaleString("en");
 
+// The metric that is shown.
+
+let metric = DATA.metrics.find(({ name }) => name === DATA.metric);
+const isProb = () => metric.name === "prob";
+const averagesShown = () => (isProb() ? DATA.averages : (DATA.others[metric.name] ?? null));
+
+// Values of a fact's runs without edits; none of a fact that does not have the metric.
+const runsOf = (fact) => (isProb() ? fact : (fact.runs?.[metric.name] ?? {}));
+
+function showChooser(rows) {
+  const options = DATA.metrics.map(({ name, title }) => element("option", { value: name }, title));
+  at("metric").append(...options);
+  at("metric").value = metric.name;
+  at("chooser").hidden = options.length < 2;
+  at("metric").addEventListener("change", () => {
+    metric = DATA.metrics.find(({ name }) => name === at("metric").value);
+    showTiles();
+    showAverages();
+    rows.forEach(updateFact);
+  });
+}
+
 function element(tag, attributes, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
@@ -27,15 +49,25 @@ function tiles() {
   const { facts, traced, asked, known, missing = 0 } = DATA.counts;
   const shown = [tile("Facts traced", count(traced), `of ${count(facts + missing)}`)];
   if (asked) shown.push(tile("Known by the model", count(known), `of ${count(asked)} with an expected answer`));
-  if (!DATA.averages) return shown;
-  const [clean, corrupted, total] = DATA.averages.totals;
+  if (!averagesShown()) return shown;
+  const [clean, corrupted, total] = averagesShown().totals;
+  const name = isProb() ? "p(answer)" : metric.title;
   shown.push(
-    tile("p(answer), clean", digits(clean.mean, 3), interval(clean)),
-    tile("p(answer), corrupted", digits(corrupted.mean, 3), interval(corrupted)),
+    tile(`${name}, clean`, digits(clean.mean, 3), interval(clean)),
+    tile(`${name}, corrupted`, digits(corrupted.mean, 3), interval(corrupted)),
     tile("Average total effect", signed(total.mean, 3), interval(total)),
   );
   return shown;
 }
+
+function showTiles() {
+  at("tiles").replaceChildren(...tiles());
+}
+
+const LEADS = {
+  denoising: "Denoising: what restoring one clean state brings back in the corrupted run.",
+  noising: "Noising: what one corrupted state takes away in the clean run.",
+};
 
 function folded(title, lines) {
   const items = lines.map((line) => element("li", {}, line));
@@ -45,9 +77,9 @@ function folded(title, lines) {
 function showSummary() {
   document.title = DATA.title;
   at("title").textContent = DATA.title;
-  at("lead").textContent = "What restoring one state brings back of a corrupted subject's answer.";
+  at("lead").textContent = LEADS[DATA.direction] ?? `Directions: ${DATA.direction}.`;
   at("notes").append(...DATA.notes.map((note) => element("p", { class: "note" }, note)));
-  at("tiles").append(...tiles());
+  showTiles();
   const { reasons, facts, traced } = DATA.counts;
   const lines = reasons.map(([reason, number]) => `${count(number)} × ${reason}`);
   if (lines.length) at("skipped").append(folded(`Skipped facts: ${count(facts - traced)}`, lines));
@@ -79,69 +111,95 @@ function legendItem(line) {
 }
 
 function showAverages() {
-  const averages = DATA.averages;
+  const averages = averagesShown();
+  for (const chart of at("averages").querySelectorAll(".js-plotly-plot")) Plotly.purge(chart);
+  for (const id of ["average-maps", "legend", "average-lines"]) at(id).replaceChildren();
+  at("averages").hidden = !averages;
   if (!averages) return;
-  at("averages").hidden = false;
   at("averages-note").textContent =
     `Means over the tokens of ${count(averages.facts)} ${averages.facts === 1 ? "fact" : "facts"}; bands and intervals ` +
     "are 95 %, with errors clustered by fact. The lightest color and the dotted line are what restoring nothing gives.";
   at("legend").append(...averages.streams[0].lines.map(legendItem));
-  const maps = averages.streams.map((stream, i) => figure(stream.title, peakNote(averages.peaks[i])));
+  const maps = averages.streams.map((stream, i) => figure(stream.title, peakNote(averages.peaks[i], averages.falls)));
   const lines = averages.streams.map((stream) => figure(stream.title));
   at("average-maps").append(...maps.map(({ node }) => node));
   at("average-lines").append(...lines.map(({ node }) => node));
   const range = lineRange(averages);
   averages.streams.forEach((stream, i) => {
-    averageMap(maps[i].box, averages, stream);
+    averageMap(maps[i].box, averages, stream, isProb());
     averageLines(lines[i].box, averages, stream, range);
   });
 }
 
-function peakNote(peak) {
+function peakNote(peak, falls) {
   const bounds = peak.low === null ? "" : ` [${alike(peak.low, peak.mean)} … ${alike(peak.high, peak.mean)}]`;
-  return `Largest: ${peak.name.toLowerCase()}, block ${peak.layer}, ${digits(peak.mean, 3)}${bounds}`;
+  return `${falls ? "Smallest" : "Largest"}: ${peak.name.toLowerCase()}, block ${peak.layer}, ${digits(peak.mean, 3)}${bounds}`;
 }
 
 // A fact's heat maps.
 
-// Indirect effects of fact i, a Float32Array [layers * tokens] per stream.
+// Indirect effects of fact i, a Float32Array [layers * tokens] per stream; null without the metric.
 function decoded(i, fact) {
-  const bytes = Uint8Array.from(atob(at(`grid-${i}`).textContent), (letter) => letter.charCodeAt(0));
+  const number = DATA.metrics.indexOf(metric);
+  const kept = at(number ? `grid-${i}-${number}` : `grid-${i}`);
+  if (!kept) return null;
+  const bytes = Uint8Array.from(atob(kept.textContent), (letter) => letter.charCodeAt(0));
   const all = new Float32Array(bytes.buffer);
   const size = fact.layers * fact.tokens.length;
   return fact.streams.map((_, k) => all.subarray(k * size, (k + 1) * size));
 }
 
+// The cell that comes closest to the source run, or goes furthest beyond it.
 function strongest(fact, effects) {
-  const best = effects.reduce((found, value, i) => (value > effects[found] ? i : found), 0);
+  const { background, total } = runsOf(fact);
+  const sign = total < 0 && !(isProb() && DATA.direction === "denoising") ? -1 : 1;
+  const best = effects.reduce((found, value, i) => (sign * value > sign * effects[found] ? i : found), 0);
   const token = visible(fact.tokens[best % fact.tokens.length]);
   const layer = Math.floor(best / fact.tokens.length);
-  return `Strongest: ${token}, block ${layer}, ${digits(fact.corrupted + effects[best])} (${signed(effects[best])})`;
+  return `Strongest: ${token}, block ${layer}, ${digits(background + effects[best])} (${signed(effects[best])})`;
+}
+
+// The prompt and its counterfactuals below each other, with the tokens that differ marked.
+function pairNode(fact) {
+  const differs = new Set(fact.pair.differing);
+  const line = (name, tokens) => {
+    const words = tokens.map((token, i) => (differs.has(i) ? element("mark", {}, visible(token)) : visible(token)));
+    return [element("span", { class: "quiet" }, name), " ", ...words.flatMap((word) => [word, " "]), "\n"];
+  };
+  const others = fact.pair.tokens.flatMap((tokens) => line("counterfactual", tokens));
+  return element("p", { class: "pair" }, ...line("clean", fact.tokens), ...others);
 }
 
 function detailRow(i, fact) {
   const grids = decoded(i, fact);
-  const figures = fact.streams.map((stream, k) => figure(stream.title, strongest(fact, grids[k])));
+  const figures = grids ? fact.streams.map((stream, k) => figure(stream.title, strongest(fact, grids[k]))) : [];
   const charts = element("div", { class: "charts" }, ...figures.map(({ node }) => node));
-  const columns = String(COLUMNS.length);
   const row = element("tr", { class: "detail", id: `detail-${i}`, role: "row" });
-  row.append(element("td", { colspan: columns, role: "cell" }, charts));
-  const paint = () => figures.forEach(({ box }, k) => factMap(box, fact, fact.streams[k], grids[k]));
+  const above = fact.pair ? [pairNode(fact)] : [];
+  if (!grids) above.push(element("p", { class: "quiet" }, `This fact has no ${metric.title}.`));
+  row.append(element("td", { colspan: String(COLUMNS.length), role: "cell" }, ...above, charts));
+  const runs = runsOf(fact);
+  const paint = () => figures.forEach(({ box }, k) => factMap(box, fact, fact.streams[k], grids[k], metric, runs));
   return { row, paint };
+}
+
+function openDetail(i, fact, body) {
+  const { row, paint } = detailRow(i, fact);
+  body.append(row);
+  paint();
+}
+
+function closeDetail(body) {
+  for (const chart of body.querySelectorAll(".chart")) Plotly.purge(chart);
+  body.lastChild.remove();
 }
 
 function toggle(i, fact, body, button) {
   const open = button.getAttribute("aria-expanded") === "true";
   button.setAttribute("aria-expanded", String(!open));
   body.classList.toggle("open", !open);
-  if (open) {
-    for (const chart of body.querySelectorAll(".chart")) Plotly.purge(chart);
-    body.lastChild.remove();
-    return;
-  }
-  const { row, paint } = detailRow(i, fact);
-  body.append(row);
-  paint();
+  if (open) closeDetail(body);
+  else openDetail(i, fact, body);
 }
 
 // The table of facts.
@@ -152,9 +210,9 @@ const COLUMNS = [
   { name: "Prompt", key: (fact) => fact.prompt, kind: "prompt" },
   { name: "Answer", key: (fact) => fact.target ?? "", text: (fact) => (fact.target ?? "–").trim() || "␣", kind: "answer" },
   { name: "Relation", key: (fact) => fact.relation ?? "", text: (fact) => fact.relation ?? "–" },
-  { name: "Clean", key: (fact) => fact.clean, kind: "number" },
-  { name: "Corrupted", key: (fact) => fact.corrupted, kind: "number" },
-  { name: "Total effect", key: (fact) => fact.total, text: (fact) => signedOrDash(fact.total), kind: "number" },
+  { name: "Clean", key: (fact) => runsOf(fact).clean, kind: "number" },
+  { name: "Corrupted", key: (fact) => runsOf(fact).corrupted, kind: "number" },
+  { name: "Total effect", key: (fact) => runsOf(fact).total, text: (fact) => signedOrDash(runsOf(fact).total), kind: "number" },
   { name: "Known", key: (fact) => fact.correct, text: (fact) => yesNo(fact.correct) },
   { name: "Status", key: status, kind: "status" },
 ];
@@ -208,6 +266,17 @@ function factBody(fact, i) {
   });
   body.append(element("tr", { role: "row", class: fact.tokens ? "" : "skipped" }, ...cells));
   return body;
+}
+
+// Another metric was chosen.
+function updateFact({ fact, body, i }) {
+  const cells = body.firstChild.children;
+  COLUMNS.forEach((column, k) => {
+    if (column.kind === "number") cells[k].replaceChildren(...content(column, fact, i, body));
+  });
+  if (!body.classList.contains("open")) return;
+  closeDetail(body);
+  openDetail(i, fact, body);
 }
 
 function sortKey(column, fact) {
@@ -265,7 +334,7 @@ function filter(rows) {
 function showFacts() {
   const rows = DATA.facts.map((fact, i) => {
     const parts = [fact.id, fact.prompt, fact.subject, fact.target, fact.relation, fact.reason];
-    return { fact, body: factBody(fact, i), text: parts.filter(Boolean).join("\n").toLowerCase() };
+    return { fact, i, body: factBody(fact, i), text: parts.filter(Boolean).join("\n").toLowerCase() };
   });
   const heads = COLUMNS.map((column) => heading(column, rows));
   const head = element("thead", { role: "rowgroup" }, element("tr", { role: "row" }, ...heads));
@@ -274,6 +343,7 @@ function showFacts() {
   at("search").addEventListener("input", () => filter(rows));
   at("show").addEventListener("change", () => filter(rows));
   filter(rows);
+  showChooser(rows);
 }
 
 showSummary();
