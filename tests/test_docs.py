@@ -3,6 +3,7 @@
 import doctest
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,23 @@ def test_python_of_the_readme_runs_as_it_stands(tmp_path, monkeypatch):
     assert (mlp.layer, mlp.token, round(mlp.indirect_effect, 2)) == (2, "iffel", 0.26)
     assert (attention.layer, attention.token) == (19, " of")
     assert attention.indirect_effect > result.total_effect
+
+
+@pytest.mark.slow
+def test_the_readmes_pair_prints_the_numbers_that_stand_below_it():
+    text = read(ROOT / "README.md").partition("## A pair of prompts")[2]
+    command = re.search(r"```sh\n(.*?)```", text, flags=re.DOTALL)[1].replace("\\\n", " ")
+    done = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert done.exit_code == 0, done.output
+    numbers = re.search(
+        r"is (\S+) in\nthe first prompt and (\S+) in the second; .* block (\d+) .* makes it (\S+)\.\n", text
+    )
+    clean, corrupted, block, cell = map(float, numbers.groups())
+    effects, cells = (done.stdout.partition(f"\n{part}")[2].splitlines() for part in ("effects", "cells that bring"))
+    found = [float(line.split()[-1]) for line in effects[2:4]]
+    assert found == pytest.approx([clean, corrupted], abs=0.02)
+    best = next(line.split() for line in cells if "attention_output" in line)
+    assert (float(best[1]), float(best[-2])) == (block, pytest.approx(cell, abs=0.02))
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)

@@ -166,24 +166,43 @@ def _top(result: "TraceResult", run: str) -> list[tuple[str, str]]:
 
 
 def _effects(result: "TraceResult") -> str:
+    shown = dict.fromkeys(["prob", result.default_metric])
     rows = [
-        ("clean run", _number(result.clean_prob)),
-        ("corrupted run", _number(result.corrupted_prob)),
-        ("total effect", f"{result.total_effect:+.4f}"),
+        ("", *(_measured(result, metric) for metric in shown)),
+        ("clean run", *(_number(result.run_value("clean", metric)) for metric in shown)),
+        ("corrupted run", *(_number(result.run_value("corrupted", metric)) for metric in shown)),
+        ("total effect", *(f"{_total_effect(result, metric):+.4f}" for metric in shown)),
     ]
-    return f"p({_target(result)})\n" + table(rows, numbers=(1,))
+    return "effects\n" + table(rows, numbers=range(1, 1 + len(shown)))
+
+
+def _total_effect(result: "TraceResult", metric: str) -> float:
+    return result.run_value("clean", metric) - result.run_value("corrupted", metric)
+
+
+def _measured(result: "TraceResult", metric: str) -> str:
+    """What a metric is of, for a heading: a probability, or the difference of two tokens' logits."""
+    target = _target(result)
+    return (
+        f"p({target})" if metric == "prob" else f"logit({target}) - logit({_quoted(str(result.metadata.get('foil')))})"
+    )
 
 
 def _strongest(result: "TraceResult", cells: int) -> str:
-    rows = [("stream", "block", "position", "token", "p", "indirect effect")]
+    metric = result.default_metric
+    rows = [
+        ("stream", "block", "position", "token", "p" if metric == "prob" else "logit difference", "indirect effect")
+    ]
     for stream in result.streams:
-        rows += [_cell_row(stream, cell) for cell in result.strongest(stream, cells).itertuples()]
-    return f"cells that bring back most of p({_target(result)})\n" + table(rows, numbers=(1, 2, 4, 5))
+        rows += [
+            _cell_row(stream, cell, metric) for cell in result.strongest(stream, cells, metric=metric).itertuples()
+        ]
+    return f"cells that bring back most of {_measured(result, metric)}\n" + table(rows, numbers=(1, 2, 4, 5))
 
 
-def _cell_row(stream: str, cell: Any) -> tuple[str, ...]:
+def _cell_row(stream: str, cell: Any, metric: str) -> tuple[str, ...]:
     effect = f"{cell.indirect_effect:+.4f}"
-    return stream, str(cell.layer), str(cell.position), _quoted(cell.token), _number(cell.prob), effect
+    return stream, str(cell.layer), str(cell.position), _quoted(cell.token), _number(getattr(cell, metric)), effect
 
 
 def _cost(result: "TraceResult") -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any
 
 from fasttrace.checks import items, one_of, shown, whole_number
@@ -19,6 +18,7 @@ from fasttrace.experiment.cells import (
     window_width,
 )
 from fasttrace.experiment.sites import SITE
+from fasttrace.memories import remembered
 
 __all__ = [
     "BACKGROUNDS",
@@ -60,7 +60,7 @@ def direction_name(value: Any) -> str:
         raise PlanError(f"{error}; Tracer.trace_both gives both, from one pass") from None
 
 
-@lru_cache(maxsize=256)
+@remembered(256, about="plans")
 def directed(cells: tuple[Cell, ...], direction: str) -> tuple[Cell, ...]:
     """Cells that put back clean values, as they are or turned round.
 

@@ -766,6 +766,13 @@ def test_a_pair_is_traced_and_shown(tmp_path):
     done = CliRunner().invoke(cli.app, ["trace", prompt, "--counterfactual", other, *options])
     assert done.exit_code == 0, done.output
     assert '(9: " John" -> " Mary")' in done.stdout
+    effects = done.stdout.partition("effects\n")[2].splitlines()
+    assert effects[0].split() == ['p("', 'Mary")', 'logit("', 'Mary")', "-", 'logit("', 'John")']
+    result = fasttrace.load(tmp_path / "pair" / "trace.parquet")
+    shown = [float(line.split()[-1]) for line in effects[1:4]]
+    runs = [result.run_value(run, "logit_diff") for run in ("clean", "corrupted")]
+    assert shown == pytest.approx([*runs, runs[0] - runs[1]], abs=1e-4)
+    assert "cells that bring back most of logit(" in done.stdout
     again = CliRunner().invoke(
         cli.app, ["trace", prompt, "--counterfactual", prompt.replace(", John", ", Sarah"), *options]
     )
