@@ -130,13 +130,18 @@ def _case(result: "TraceResult") -> str:
     return table(
         [
             ("prompt", prompt),
-            ("subject", f"{_quoted(subject)} (tokens {begin} to {end - 1})"),
+            (_span_is(result), f"{_quoted(subject)} (tokens {begin} to {end - 1})"),
             ("target", _target(result)),
             *_corruption(result),
             ("model", f"{get('model')} ({result.n_layers} blocks), {get('dtype')} on {get('device')}"),
             ("engine", f"{get('engine')}: {get('engine_reason')}"),
         ]
     )
+
+
+def _span_is(result: "TraceResult") -> str:
+    """What the span is: of a pair without a subject, where the prompts differ."""
+    return "differing" if result.metadata.get("differing") and not result.metadata.get("subject") else "subject"
 
 
 def _corruption(result: "TraceResult") -> list[tuple[str, str]]:
@@ -197,7 +202,8 @@ def _strongest(result: "TraceResult", cells: int) -> str:
         rows += [
             _cell_row(stream, cell, metric) for cell in result.strongest(stream, cells, metric=metric).itertuples()
         ]
-    return f"cells that bring back most of {_measured(result, metric)}\n" + table(rows, numbers=(1, 2, 4, 5))
+    do = "take away" if result.direction == "noising" else "bring back"
+    return f"cells that {do} most of {_measured(result, metric)}\n" + table(rows, numbers=(1, 2, 4, 5))
 
 
 def _cell_row(stream: str, cell: Any, metric: str) -> tuple[str, ...]:

@@ -80,8 +80,6 @@ class Job:
         end, in the planner's words.
         """
         n_positions, span = len(self.token_ids), self.runs.span
-        if span[0] == n_positions:  # runs that differ nowhere; the last token is computed as if it did
-            span = n_positions - 1, n_positions
         if self.runs.neutral is not None:
             span = span[0], n_positions
         return Shape(n_layers, n_positions, span, len(self.runs), self.reads, self.hidden_is_all)

@@ -22,7 +22,7 @@ from fasttrace.engines.job import Job
 from fasttrace.engines.readout import Scores
 from fasttrace.engines.state import State, refuse_autocast, state_of
 from fasttrace.errors import EngineError, first_line, kind_and_line
-from fasttrace.experiment.cells import CLEAN, CORRUPTED, ZERO, Cell, Edit, EditsIn, window_of
+from fasttrace.experiment.cells import CLEAN, CORRUPTED, RUNS, ZERO, Cell, Edit, EditsIn, background_of, window_of
 from fasttrace.experiment.corruption import draw, sigma_of
 from fasttrace.experiment.sites import RESIDUAL, SITE
 from fasttrace.fusing.choose import cpu_matmul, failed_kernels, fused_attention, kernel_compiler
@@ -209,6 +209,9 @@ def _new_checks(anatomy: Anatomy, key: tuple[Any, ...], state: State) -> _Checks
         if not state.hooks:
             raise
         job = _check_job(anatomy, LONG_PROMPT)  # a hook may be made for longer prompts
+        expected = _plain_passes(anatomy, job, rows)
+    if not np.isfinite(expected.cells).all():  # linears that divide by a token's largest activation take no zeros
+        job = replace(job, cells=tuple(map(_without_vectors, job.cells)))
         expected = _plain_passes(anatomy, job, rows)
     allowed = _allowed(anatomy, job, expected, rows)
     effect = None
@@ -454,6 +457,11 @@ def _clean_run_edited(stream: str, n_layers: int, n_positions: int, span: tuple[
     yield Edit(stream, n_layers // 4, span[0], CORRUPTED)
     if SITE[stream].stage != RESIDUAL:
         yield Edit(stream, n_layers // 2, n_positions - 1, ZERO)
+
+
+def _without_vectors(cell: Cell) -> Cell:
+    edits = tuple(edit for edit in cell if edit.source in RUNS)
+    return EditsIn(background_of(cell), edits)
 
 
 def _no_tick() -> None:

@@ -773,6 +773,7 @@ def test_a_pair_is_traced_and_shown(tmp_path):
     runs = [result.run_value(run, "logit_diff") for run in ("clean", "corrupted")]
     assert shown == pytest.approx([*runs, runs[0] - runs[1]], abs=1e-4)
     assert "cells that bring back most of logit(" in done.stdout
+    assert '  differing       "John" (tokens 9 to 9)' in done.stdout
     again = CliRunner().invoke(
         cli.app, ["trace", prompt, "--counterfactual", prompt.replace(", John", ", Sarah"), *options]
     )
@@ -787,7 +788,9 @@ def test_a_pair_is_traced_and_shown(tmp_path):
 
 
 def test_trace_takes_a_direction(folder, tmp_path):
-    assert trace(folder, "--direction", "noising", "--out", tmp_path).exit_code == 0
+    done = trace(folder, "--direction", "noising", "--out", tmp_path)
+    assert done.exit_code == 0
+    assert "cells that take away most of p(" in done.stdout
     assert fasttrace.load(tmp_path / "trace.parquet").direction == "noising"
     again = trace(folder, "--out", tmp_path)
     assert again.exit_code == 2

@@ -254,7 +254,7 @@ class RoundedByToken(nn.Linear):
     """Activations in 8 bits with a scale for each token."""
 
     def forward(self, hidden):
-        scale = hidden.abs().amax(-1, keepdim=True).clamp_min(1e-8) / 127
+        scale = hidden.abs().amax(-1, keepdim=True) / 127
         return super().forward((hidden / scale).round() * scale)
 
 
