@@ -25,7 +25,8 @@ help:
 	@echo "make clean        remove .venv, caches and out/"
 	@echo 'ARGS="..." is passed on, e.g. make test ARGS="-k cli -x"'
 
-demo: $(VENV)/.with-plot
+# With all that the README goes on to use.
+demo: $(VENV)/.with-cpu,report
 	$(BIN)/fasttrace demo $(ARGS)
 
 # Two processes: the tests set the number of threads of a product to 1.
